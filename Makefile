@@ -1,0 +1,50 @@
+# Everything runs from the project-local .venv; `make help` lists the targets.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check unit format lock schema clean \
+        test-openvino test-llamacpp test-vllm test-chaos bench bench-relay bench-llamacpp bench-sched
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 20
+
+install: $(STAMP)  ## install everything into .venv (once)
+
+$(STAMP): requirements/all.lock pyproject.toml tools/install.sh
+	@bash tools/install.sh "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+demo: $(STAMP)  ## run the main job on real SmolLM2 weights (ARGS=--once ends by itself)
+	@$(BIN)/modelswap demo $(ARGS)
+
+test: $(STAMP) check unit  ## everything the checks and tests say, under five minutes
+
+check: $(STAMP)  ## format, lint, types, import contract, generated files
+	@echo "==> ruff, mypy --strict, import contract, generated files"
+	@$(BIN)/ruff format --check -q src tests bench
+	@$(BIN)/ruff check -q src tests bench
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache | tail -n 3
+	@$(BIN)/python -m modelswap.spec.schema --check
+
+unit: $(STAMP)  ## all tests that need no engine of their own
+	@echo "==> pytest with branch coverage"
+	@$(BIN)/pytest -n 2 --dist loadgroup --cov --cov-report=term:skip-covered -q $(ARGS)
+
+format: $(STAMP)  ## format and mend what can be mended
+	@$(BIN)/ruff format src tests bench
+	@$(BIN)/ruff check --fix src tests bench
+
+schema: $(STAMP)  ## write the config file's JSON Schema anew
+	@$(BIN)/python -m modelswap.spec.schema
+
+lock: $(STAMP)  ## resolve the dependencies anew (versions and hashes, no URLs)
+	@$(BIN)/uv pip compile pyproject.toml --extra openvino --group dev --universal --python-version 3.11 \
+	    --generate-hashes --no-emit-index-url --no-header -o requirements/all.lock -q --upgrade
+
+clean:  ## remove what the targets above made
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* htmlcov

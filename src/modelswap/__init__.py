@@ -1,0 +1,3 @@
+"""modelswap: one GPU, every model."""
+
+__version__ = "0.1.0"

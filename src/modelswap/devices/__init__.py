@@ -1,0 +1,1 @@
+"""Devices: memory totals, free memory, and who holds it."""

@@ -1,0 +1,1 @@
+"""Engines: what we know of each inference server program and its HTTP API."""

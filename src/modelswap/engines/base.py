@@ -1,0 +1,110 @@
+"""The Protocol that every engine fulfils: facts about one server program, no state of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import aiohttp
+import msgspec
+
+from modelswap.spec.config import Model
+
+
+class Address(msgspec.Struct, frozen=True):
+    """Where an instance listens; always an IP address, never a name."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """The base URL, without a trailing slash."""
+        return f"http://{self.host}:{self.port}"
+
+
+class Launch(msgspec.Struct, frozen=True):
+    """How to start an engine: an argument list (never a shell string), environment on top of ours, working folder."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    cwd: str | None = None
+
+
+class Readiness(msgspec.Struct, frozen=True):
+    """What an engine said about itself.
+
+    ``ready`` is True when it serves our model. ``stage`` and ``fraction`` (0..1) describe loading, where it can tell.
+    ``slots`` is what it runs at once, where it can tell once ready. ``problem`` is why it never will be ready as
+    started (it serves another model, say).
+    """
+
+    ready: bool
+    stage: str = "loading"
+    fraction: float | None = None
+    slots: int | None = None
+    problem: str | None = None
+
+
+class Diagnosis(msgspec.Struct, frozen=True):
+    """Why an engine failed, in words for the user. ``permanent`` means the same start would fail again."""
+
+    reason: str
+    permanent: bool
+
+
+class CanaryFailed(Exception):
+    """The engine says it is ready, but did not answer the canary; the message says how."""
+
+
+class Engine(Protocol):
+    """Facts about one server program.
+
+    All calls over HTTP use the given session (the caller sets no time limit on it), take the instance's ``address``,
+    send the model's ``api_key`` if there is one, and let `aiohttp.ClientError` and `TimeoutError` through.
+    """
+
+    kind: str
+
+    def launch(self, name: str, model: Model, address: Address) -> Launch:
+        """Return the command line that serves ``model`` under our ``name`` and its aliases at ``address``.
+
+        Raises `modelswap.protocol.errors.ModelswapError` when it can't (a program that isn't installed, say).
+        """
+        ...
+
+    def slots(self, model: Model) -> int:
+        """Return how many requests it runs at once, before it could be asked (`Model.concurrency` goes first)."""
+        ...
+
+    def upstream_name(self, name: str, model: Model) -> str | None:
+        """Return what the engine calls the model; None if it knows our name and all aliases."""
+        ...
+
+    def stop_grace(self, model: Model) -> float:
+        """Return the seconds it may take to end after SIGTERM (`Model.stop_grace` goes first)."""
+        ...
+
+    def device_bytes(self, model: Model, total: int) -> int | None:
+        """Return what must be free on a device of ``total`` bytes before a start; None if the engine can't tell."""
+        ...
+
+    async def readiness(self, http: aiohttp.ClientSession, name: str, model: Model, address: Address) -> Readiness:
+        """Ask once. A connection that is refused means not ready yet and is not an error."""
+        ...
+
+    async def running(self, http: aiohttp.ClientSession, model: Model, address: Address) -> int | None:
+        """Return the engine's own count of running and waiting requests; None if it has none."""
+        ...
+
+    async def healthy(self, http: aiohttp.ClientSession, model: Model, address: Address) -> bool:
+        """Return whether a ready engine still answers its health check with success."""
+        ...
+
+    async def canary(self, http: aiohttp.ClientSession, name: str, model: Model, address: Address) -> None:
+        """Send the short request that proves it serves; raises `CanaryFailed`."""
+        ...
+
+    def diagnose(self, exit_code: int | None, log: Sequence[str]) -> Diagnosis:
+        """Explain a start that failed from its exit code (negative: signal; None: still running) and last log lines."""
+        ...

@@ -1,0 +1,1 @@
+"""The config file that the user writes: its shape, its defaults, and errors that name the place."""

@@ -1,0 +1,152 @@
+"""The config file's shape: strict pydantic models, everything defaulted.
+
+Durations are in seconds. How a file becomes a `Config` (YAML, ``${ENV}``, errors with line numbers): `spec.load`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, model_validator
+
+Seconds = Annotated[float, Field(ge=0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+EngineName = Literal["vllm", "llamacpp", "openvino", "custom"]
+
+
+class Strict(BaseModel):
+    """Base of every section: unknown keys are errors, values are not coerced, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Model(Strict):
+    """One model that requests can name."""
+
+    engine: EngineName = "vllm"
+    """The inference server program that serves this model."""
+    model: str | None = None
+    """What the engine loads: a Hugging Face id, a folder or a file. For `custom`: the name the server knows it by."""
+    args: list[str] = []
+    """More command line arguments for the engine."""
+    command: list[str] | None = None
+    """`custom` only: the command to run; `{port}` and `{host}` are replaced. Never run through a shell."""
+    program: list[str] | None = None
+    """How to start the engine's own program, if not found by itself, e.g. `[/opt/llama/llama-server]`."""
+    env: dict[str, str] = {}
+    """Environment variables for the engine, on top of the orchestrator's own."""
+    cwd: Path | None = None
+    """The engine's working directory."""
+    ready: str = Field("/health", pattern="^/")
+    """`custom` only: the path that answers 200 when the engine is ready."""
+    aliases: list[str] = []
+    """Other names that requests may use."""
+    adapters: list[str] = []
+    """Names (LoRA adapters) that are routed to this model and passed on unchanged."""
+    concurrency: Annotated[int, Field(ge=1)] | None = None
+    """Requests running at once (slots); the rest wait in the gateway. Default: what the engine runs at once."""
+    api_key: SecretStr | None = None
+    """Sent to the engine as a bearer token, and never logged."""
+    device: Literal["gpu", "none"] = "gpu"
+    """`none`: needs no GPU, runs beside the others and is never swapped out."""
+    memory: ByteSize | None = None
+    """Device memory that must be free before this model starts, e.g. `12GiB`. Default: what the engine tells."""
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    """Models with a higher priority are served as if their requests had waited longer (scheduling.priority_boost)."""
+    canary: Literal["completion", "chat", "embedding", "none"] | None = None
+    """A request that must succeed before the model is opened. Default: by engine; `custom`: none."""
+    start_timeout: Seconds = 1800.0
+    """How long a start may take until it is given up; a first start may compile."""
+    stop_grace: Seconds | None = None
+    """How long the engine may take to stop after SIGTERM before it is killed. Default: by engine."""
+    health_interval: Seconds = 10.0
+    """How often a ready engine is asked for its health; 0 = never. Three misses in a row mean it hangs."""
+
+
+class Gateway(Strict):
+    """The data plane: the OpenAI-compatible address that clients use."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8080
+    workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """Worker processes that share the port."""
+    progress_after: Seconds = 10.0
+    """A streamed request that has waited this long gets its 200 and SSE comments with its position; 0 = never."""
+    max_body: ByteSize = ByteSize(64 * 1024 * 1024)
+    """The largest request body; a larger one gets 413."""
+    max_headers: ByteSize = ByteSize(64 * 1024)
+    """The largest request head; a larger one gets 431."""
+    header_timeout: Seconds = 15.0
+    """How long a client may take to send a request's headers and body before it gets 408."""
+    idle_timeout: Seconds = 75.0
+    """How long a client's connection may be idle between requests."""
+
+
+class Orchestrator(Strict):
+    """The control plane: swaps, status, metrics."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8888
+    allowed_hosts: list[str] = []
+    """More names under which the admin API may be addressed; loopback names and `host` always may."""
+    term: Annotated[float, Field(gt=0)] = 10.0
+    """How long a gateway may be silent before its leases are broken."""
+    state_dir: Path | None = None
+    """Journal, database, engine logs, token. Default: `$XDG_STATE_HOME/modelswap`."""
+    log_size: ByteSize = ByteSize(16 * 1024 * 1024)
+    """An engine's log file is rotated at this size; three are kept per model."""
+
+
+class Scheduling(Strict):
+    """When to leave the resident model, and for whom (docs/architecture.md, "Scheduling")."""
+
+    max_wait: Seconds = 160.0
+    """The resident model is closed when a request for another has waited this long."""
+    min_residency: Seconds | None = None
+    """…but not before it has been resident this long. Default: three times its measured swap time."""
+    linger: Seconds = 2.0
+    """An idle resident model is left for another after this long (at once after `min_residency`)."""
+    drain_timeout: Seconds = 300.0
+    """How long running requests may hold up a swap."""
+    on_drain_timeout: Literal["wait", "abort"] = "wait"
+    """Past `drain_timeout`: wait on, or end what runs with a retryable error."""
+    queue_requests: Annotated[int, Field(ge=1)] = 1000
+    """Waiting requests in all; one more is answered 503 with Retry-After."""
+    queue_bytes: ByteSize = ByteSize(1024 * 1024 * 1024)
+    """Bytes of waiting request bodies in all."""
+    queue_timeout: Seconds = 590.0
+    """A request that has waited this long is answered 504 (OpenAI's clients give up after 600 s)."""
+    priority_boost: Seconds = 30.0
+    """A step of priority counts as this much waiting."""
+
+
+class Device(Strict):
+    """The one device that models take turns on."""
+
+    kind: Literal["auto", "nvml", "slot", "simulated"] = "auto"
+    """`auto`: NVML where it answers, else one slot without memory readings."""
+    index: Annotated[int, Field(ge=0)] = 0
+    """Which GPU."""
+    ledger: Path | None = None
+    """`simulated`: the ledger file that simulated engines share."""
+    release_timeout: Seconds = 30.0
+    """How long freed memory may take to appear as free."""
+    on_release_timeout: Literal["strict", "warn"] = "strict"
+    """Then: refuse with the holders' names and keep watching, or go on with a warning."""
+
+    @model_validator(mode="after")
+    def _ledger_goes_with_simulated(self) -> Device:
+        if (self.kind == "simulated") != (self.ledger is not None):
+            raise ValueError("'ledger' goes with kind: simulated, and that needs it")
+        return self
+
+
+class Config(Strict):
+    """The whole file."""
+
+    models: dict[str, Model]
+    gateway: Gateway = Gateway()
+    orchestrator: Orchestrator = Orchestrator()
+    scheduling: Scheduling = Scheduling()
+    device: Device = Device()
