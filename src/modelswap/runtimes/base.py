@@ -41,7 +41,7 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Exit(msgspec.Struct, frozen=True):
-    """How an instance ended. ``code`` is negative for a signal, None where it can't be known (we weren't its parent)."""
+    """How an instance ended: ``code`` is negative for a signal, None where it can't be known (not our child)."""
 
     code: int | None
     killed: bool = False
@@ -90,7 +90,7 @@ class Runtime(Protocol):
         """Return whether a process of this very instance owns the listening socket at its address."""
         ...
 
-    async def list(self) -> list[Running]:
+    async def instances(self) -> list[Running]:
         """Return every live instance that carries our ids, whoever started it."""
         ...
 

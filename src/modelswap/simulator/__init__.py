@@ -1,0 +1,1 @@
+"""Many scheduler and gateway cores in virtual time, for tests and for comparing policies."""

@@ -1,0 +1,1 @@
+"""Simulated engine and GPU, and a fake clock; users may import these too."""
