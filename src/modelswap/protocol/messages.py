@@ -57,6 +57,7 @@ class HeldLease(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     epoch: Epoch
+    slots: int
     in_flight: int
     closing: bool = False
 
@@ -94,7 +95,7 @@ class Drained(Message, frozen=True):
 class Usage(Message, frozen=True):
     """What runs under a lease.
 
-    Said at most once a second while something changes; at once on falling idle while ``contended``, at once in
+    Said at most once a second while something changes; at once on `Contended` and on falling idle while it holds, in
     answer to an `Open` that takes slots away, and on every finished request while more run than there are slots.
     ``revision`` is that of the last `Open` received for this lease. ``idle_ms`` is how long nothing has run (0 while
     something does). ``served`` counts requests ended under this lease.
@@ -109,11 +110,15 @@ class Usage(Message, frozen=True):
 
 
 class Fault(Message, frozen=True):
-    """A fresh connection under this lease failed before its response's first byte; admits no more until told."""
+    """A fresh connection under this lease failed before its response's first byte.
+
+    The gateway admits no more under it until an `Open` says that the orchestrator has seen all ``n`` faults.
+    """
 
     model: str
     epoch: Epoch
     reason: str
+    n: int = 1
 
 
 class Heartbeat(Message, frozen=True):
@@ -170,7 +175,8 @@ class Open(Message, frozen=True):
     """A lease: send ``model``'s requests to this address, ``slots`` of them at once.
 
     Sent again with a higher ``revision`` when the share changes. Fewer slots than before must be answered with
-    `Usage`, because only then may another gateway get them.
+    `Usage`, because only then may another gateway get them. An `Open` with a newer epoch ends the lease before it, as
+    `Close` would. ``faults`` counts the `Fault` messages about this lease that were looked into.
     """
 
     model: str
@@ -179,6 +185,7 @@ class Open(Message, frozen=True):
     port: int
     slots: int
     revision: int = 0
+    faults: int = 0
     api_key: str | None = None
 
 

@@ -1,0 +1,119 @@
+"""What the scheduler wants done. The shell carries effects out in order and reports back as events."""
+
+from __future__ import annotations
+
+import msgspec
+
+from modelswap.core.states import InstanceState
+from modelswap.core.swap import SwapRecord
+from modelswap.protocol.errors import Code
+from modelswap.protocol.messages import OrchestratorMessage
+
+
+class Effect(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of all effects."""
+
+
+class Say(Effect, frozen=True):
+    """Send a message to a gateway."""
+
+    gateway: str
+    message: OrchestratorMessage
+
+
+class BringIn(Effect, frozen=True):
+    """Start an instance, wait until it is healthy, pass its canary.
+
+    Reports `BringInStage`, then `BroughtIn` or `BringInFailed`. ``adopted``: it runs already, only wait for it.
+    """
+
+    instance: str
+    model: str
+    definition: str
+    adopted: bool = False
+
+
+class PutOut(Effect, frozen=True):
+    """Stop an instance and all that belongs to it, also while it is being brought in (that is then cancelled).
+
+    Reports `events.PutOut` or `events.PutOutFailed`. ``kill``: without grace, it is dead or hangs.
+    """
+
+    instance: str
+    model: str
+    kill: bool = False
+
+
+class Watch(Effect, frozen=True):
+    """Tell with `events.Died` when this ready instance ends or hangs. Ends by itself on `PutOut`."""
+
+    instance: str
+    model: str
+
+
+class Probe(Effect, frozen=True):
+    """A gateway had trouble with this instance: look whether it is alive and healthy; reports `Probed`."""
+
+    instance: str
+    model: str
+
+
+class VerifyReleased(Effect, frozen=True):
+    """See that the device has room for ``model``; reports `Released` or `ReleaseFailed` and then `Released`.
+
+    ``holders`` are the instances that rightly hold memory there meanwhile.
+    """
+
+    device: str
+    model: str
+    holders: tuple[str, ...] = ()
+
+
+class Answer(Effect, frozen=True):
+    """The outcome of an `Ensure` or `Unload`; ``code`` is None on success.
+
+    ``previous`` is the model that was put out (None: none was), ``mechanism`` how the model came in (``resident``:
+    it already was), ``seconds`` since the request.
+    """
+
+    request: int
+    model: str | None
+    code: Code | None = None
+    message: str = ""
+    retry_after_ms: int | None = None
+    previous: str | None = None
+    mechanism: str = "resident"
+    seconds: float = 0.0
+    host: str = ""
+    port: int = 0
+
+
+class SwapEnded(Effect, frozen=True):
+    """A swap is over; for metrics, history and events."""
+
+    record: SwapRecord
+
+
+class Transitioned(Effect, frozen=True):
+    """An instance changed its state; for the journal and for events. ``cause`` is the event's name and detail."""
+
+    instance: str
+    model: str
+    before: InstanceState
+    after: InstanceState
+    cause: str
+    definition: str = ""
+    host: str = ""
+    port: int = 0
+
+
+class TicketEnded(Effect, frozen=True):
+    """A waiting request was granted, refused or forgotten (``outcome``) after ``waited`` seconds."""
+
+    model: str
+    outcome: str
+    waited: float
+
+
+class Finished(Effect, frozen=True):
+    """A `Shutdown` is complete: nothing runs any more."""

@@ -1,0 +1,158 @@
+"""What can happen to the scheduler. Each event carries ``at``: the shell's monotonic clock, in seconds."""
+
+from __future__ import annotations
+
+import msgspec
+
+from modelswap.core.facts import DeviceFacts, ModelFacts, Settings
+from modelswap.protocol.errors import Code
+from modelswap.protocol.messages import GatewayMessage
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of all events."""
+
+    at: float
+
+
+class Configure(Event, frozen=True):
+    """The config was loaded, at start or again; replaces the one before."""
+
+    models: tuple[ModelFacts, ...]
+    devices: tuple[DeviceFacts, ...]
+    settings: Settings = Settings()
+
+
+class Adopted(Event, frozen=True):
+    """An instance of an earlier orchestrator is still alive; said before `Begin`.
+
+    ``ready`` tells whether it had been opened before; otherwise its start is taken up where it was.
+    """
+
+    instance: str
+    model: str
+    definition: str
+    host: str
+    port: int
+    slots: int
+    ready: bool = True
+
+
+class Begin(Event, frozen=True):
+    """All adoptions have been said. Decisions wait for ``expected`` gateways to say hello, at most one term."""
+
+    expected: frozenset[str] = frozenset()
+
+
+class GatewaySaid(Event, frozen=True):
+    """A message came in from a gateway; the first one of a connection is a `Hello`."""
+
+    gateway: str
+    message: GatewayMessage
+
+
+class GatewayLost(Event, frozen=True):
+    """A gateway's connection was closed."""
+
+    gateway: str
+
+
+class BringInStage(Event, frozen=True):
+    """A start made progress; ``fraction`` in 0..1 where it can be known."""
+
+    instance: str
+    stage: str
+    fraction: float | None = None
+
+
+class BroughtIn(Event, frozen=True):
+    """An instance is healthy and its canary passed."""
+
+    instance: str
+    host: str
+    port: int
+    slots: int
+
+
+class BringInFailed(Event, frozen=True):
+    """A start failed, and nothing of it runs any more.
+
+    ``message`` is for clients: the reason, the remedy and the engine's last log lines. ``permanent``: trying again
+    would fail again.
+    """
+
+    instance: str
+    code: Code
+    message: str
+    permanent: bool = False
+
+
+class Died(Event, frozen=True):
+    """A ready or draining instance ended by itself, or hangs and must be ended."""
+
+    instance: str
+    message: str
+
+
+class PutOut(Event, frozen=True):
+    """An instance has been stopped: nothing of it runs any more."""
+
+    instance: str
+
+
+class PutOutFailed(Event, frozen=True):
+    """A process of the instance can't be killed; its device is stuck until `PutOut` comes after all."""
+
+    instance: str
+    message: str
+
+
+class Released(Event, frozen=True):
+    """The device says that its memory is free (or can't say, and its last holder has gone)."""
+
+    device: str
+
+
+class ReleaseFailed(Event, frozen=True):
+    """The memory did not come back in time; ``message`` names the holders. The shell keeps watching."""
+
+    device: str
+    message: str
+
+
+class Probed(Event, frozen=True):
+    """The answer to `effects.Probe`."""
+
+    instance: str
+    healthy: bool
+    message: str = ""
+
+
+class Ensure(Event, frozen=True):
+    """Somebody asks through the admin API that a model be made resident; answered with `effects.Answer`."""
+
+    request: int
+    model: str
+
+
+class Unload(Event, frozen=True):
+    """Somebody asks that a model (None: every one) be drained and stopped; answered with `effects.Answer`."""
+
+    request: int
+    model: str | None = None
+
+
+class Withdraw(Event, frozen=True):
+    """Who asked by `Ensure` or `Unload` has gone."""
+
+    request: int
+
+
+class Tick(Event, frozen=True):
+    """Time has passed; comes at `Scheduler.next_deadline`."""
+
+
+class Shutdown(Event, frozen=True):
+    """Drain and stop everything, refuse whoever waits. ``now``: without draining."""
+
+    now: bool = False

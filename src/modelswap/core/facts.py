@@ -1,0 +1,55 @@
+"""What the scheduler is told about the world: models, devices, settings. Times in seconds, memory in bytes."""
+
+from __future__ import annotations
+
+import msgspec
+
+from modelswap.protocol.messages import CatalogModel
+
+
+class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """A configured model as the scheduler sees it.
+
+    ``definition`` changes when a running instance of it would have to be started anew. ``device`` is None for models
+    that run beside the others. ``demand`` is what an instance takes of its device's capacity; an exclusive device has
+    capacity 1 and every model on it demands 1. ``listing`` is what gateways and clients are told.
+    """
+
+    name: str
+    definition: str
+    device: str | None
+    slots: int
+    listing: CatalogModel
+    demand: int = 1
+    priority: int = 0
+
+
+class DeviceFacts(msgspec.Struct, frozen=True):
+    """A device and its capacity, in the unit of `ModelFacts.demand`."""
+
+    name: str
+    capacity: int = 1
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The scheduling rules' parameters; meanings in `modelswap.spec.config.Scheduling`.
+
+    ``min_residency`` None means ``residency_factor`` times the measured swap time of the resident model.
+    ``crash_window``: a model that dies sooner than this after it came in backs off as if its start had failed.
+    """
+
+    max_wait: float = 160.0
+    min_residency: float | None = None
+    residency_factor: float = 3.0
+    linger: float = 2.0
+    drain_timeout: float = 300.0
+    abort_on_drain_timeout: bool = False
+    queue_requests: int = 1000
+    queue_bytes: int = 1 << 30
+    queue_timeout: float = 590.0
+    priority_boost: float = 30.0
+    term: float = 10.0
+    backoff_first: float = 2.0
+    backoff_longest: float = 300.0
+    crash_window: float = 60.0
+    progress_interval: float = 2.0
