@@ -140,7 +140,7 @@ class Abort(msgspec.Struct, frozen=True):
 
 
 class Reconnect(msgspec.Struct, frozen=True):
-    """This process was paused too long: close the connection to the orchestrator and make a new one."""
+    """Close the connection to the orchestrator and make a new one: our process was paused too long."""
 
 
 class Told(msgspec.Struct, frozen=True):
@@ -267,7 +267,7 @@ class Admission:
     # ── the connection ───────────────────────────────────────────────────────────────────────────────────
 
     def connect(self, now: float) -> None:
-        """A connection to the orchestrator is open: say hello, with all that is still held."""
+        """Say hello, with all that is still held: a connection to the orchestrator is open."""
         self.connected = True
         for key in [key for key, lease in self._closing.items() if lease.in_flight == 0]:
             del self._closing[key]
@@ -291,7 +291,7 @@ class Admission:
                 )
 
     def disconnect(self) -> None:
-        """The connection is gone: go on with what is held, keep the rest waiting."""
+        """Go on with what is held and keep the rest waiting: the connection is gone."""
         self.connected = False
         self._contended.clear()
 
