@@ -8,10 +8,49 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    WithJsonSchema,
+    model_validator,
+)
 
-Seconds = Annotated[float, Field(ge=0)]
+
+def _size(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError("wants a size such as 12GiB, 500MB or a number of bytes")
+    return value
+
+
+def _at_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+Bytes = Annotated[
+    ByteSize,
+    BeforeValidator(_size),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 0},
+                {"type": "string", "pattern": "^\\s*[0-9]*\\.?[0-9]+\\s*([kKmMgGtTpPeE]?[iI]?[bB]?|[bB]it)\\s*$"},
+            ],
+            "examples": ["12GiB", "500MB"],
+        }
+    ),
+]
+# YAML has no paths, so these alone are made from text in strict mode.
+Location = Annotated[Path, Field(strict=False), AfterValidator(_at_home)]
 EngineName = Literal["vllm", "llamacpp", "openvino", "custom"]
 
 
@@ -36,7 +75,7 @@ class Model(Strict):
     """How to start the engine's own program, if not found by itself, e.g. `[/opt/llama/llama-server]`."""
     env: dict[str, str] = {}
     """Environment variables for the engine, on top of the orchestrator's own."""
-    cwd: Path | None = None
+    cwd: Location | None = None
     """The engine's working directory."""
     ready: str = Field("/health", pattern="^/")
     """`custom` only: the path that answers 200 when the engine is ready."""
@@ -50,7 +89,7 @@ class Model(Strict):
     """Sent to the engine as a bearer token, and never logged."""
     device: Literal["gpu", "none"] = "gpu"
     """`none`: needs no GPU, runs beside the others and is never swapped out."""
-    memory: ByteSize | None = None
+    memory: Bytes | None = None
     """Device memory that must be free before this model starts, e.g. `12GiB`. Default: what the engine tells."""
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     """Models with a higher priority are served as if their requests had waited longer (scheduling.priority_boost)."""
@@ -73,9 +112,9 @@ class Gateway(Strict):
     """Worker processes that share the port."""
     progress_after: Seconds = 10.0
     """A streamed request that has waited this long gets its 200 and SSE comments with its position; 0 = never."""
-    max_body: ByteSize = ByteSize(64 * 1024 * 1024)
+    max_body: Bytes = ByteSize(64 * 1024 * 1024)
     """The largest request body; a larger one gets 413."""
-    max_headers: ByteSize = ByteSize(64 * 1024)
+    max_headers: Bytes = ByteSize(64 * 1024)
     """The largest request head; a larger one gets 431."""
     header_timeout: Seconds = 15.0
     """How long a client may take to send a request's headers and body before it gets 408."""
@@ -90,11 +129,11 @@ class Orchestrator(Strict):
     port: Port = 8888
     allowed_hosts: list[str] = []
     """More names under which the admin API may be addressed; loopback names and `host` always may."""
-    term: Annotated[float, Field(gt=0)] = 10.0
+    term: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
     """How long a gateway may be silent before its leases are broken."""
-    state_dir: Path | None = None
+    state_dir: Location | None = None
     """Journal, database, engine logs, token. Default: `$XDG_STATE_HOME/modelswap`."""
-    log_size: ByteSize = ByteSize(16 * 1024 * 1024)
+    log_size: Bytes = ByteSize(16 * 1024 * 1024)
     """An engine's log file is rotated at this size; three are kept per model."""
 
 
@@ -113,7 +152,7 @@ class Scheduling(Strict):
     """Past `drain_timeout`: wait on, or end what runs with a retryable error."""
     queue_requests: Annotated[int, Field(ge=1)] = 1000
     """Waiting requests in all; one more is answered 503 with Retry-After."""
-    queue_bytes: ByteSize = ByteSize(1024 * 1024 * 1024)
+    queue_bytes: Bytes = ByteSize(1024 * 1024 * 1024)
     """Bytes of waiting request bodies in all."""
     queue_timeout: Seconds = 590.0
     """A request that has waited this long is answered 504 (OpenAI's clients give up after 600 s)."""
@@ -128,7 +167,7 @@ class Device(Strict):
     """`auto`: NVML where it answers, else one slot without memory readings."""
     index: Annotated[int, Field(ge=0)] = 0
     """Which GPU."""
-    ledger: Path | None = None
+    ledger: Location | None = None
     """`simulated`: the ledger file that simulated engines share."""
     release_timeout: Seconds = 30.0
     """How long freed memory may take to appear as free."""

@@ -1,0 +1,33 @@
+"""When two entries of a config file start the same engine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Final
+
+from modelswap.spec.config import Model
+
+_KNOWS_ITS_NAMES: Final = frozenset({"vllm", "llamacpp", "openvino"})
+# Read by us at run time, never by the engine's process: a change needs no restart.
+_OURS: Final = frozenset(
+    {"adapters", "aliases", "canary", "concurrency", "health_interval", "memory", "priority", "ready"}
+    | {"start_timeout", "stop_grace"}
+)
+
+
+def definition(name: str, model: Model) -> str:
+    """Return a digest of everything that the engine of ``model`` is started from, secrets included.
+
+    16 hex digits of a SHA-256. Equal digests mean that a running engine may go on under the new config. What we alone
+    read (priority, time limits, the canary…) isn't in it; name and aliases are, for the engines that are told them.
+    """
+    parts = model.model_dump(mode="json", exclude=set(_OURS))
+    parts["api_key"] = model.api_key.get_secret_value() if model.api_key else None
+    if model.engine in _KNOWS_ITS_NAMES:
+        parts["names"] = [name, *model.aliases]
+    if model.engine == "openvino":
+        # The embedded server is told how many requests it may run at once.
+        parts["concurrency"] = model.concurrency
+    encoded = json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()
+    return hashlib.sha256(encoded).hexdigest()[:16]
