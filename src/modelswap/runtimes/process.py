@@ -1,0 +1,276 @@
+"""The runtime that hosts engines as processes of this machine.
+
+Every engine leads a session of its own and carries its ids in its environment; nothing else ties it to us. What
+belongs to an instance is therefore found by anyone at any time: its session, and every session whose members carry
+its id. Docs: ``docs/architecture.md``, "Runtimes".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from modelswap.engines.base import Address
+from modelswap.runtimes import processes, spawn
+from modelswap.runtimes.base import Exit, Running, StartFailed, StartOrder, Unkillable
+from modelswap.runtimes.logfiles import LogFiles
+from modelswap.runtimes.ports import HOST, Ports
+from modelswap.runtimes.processes import Handle, Ids, ProcessTable
+from modelswap.runtimes.records import Records
+
+_KILL_SECONDS: Final = 5.0
+_REMEMBERED_EXITS: Final = 256
+
+_log = structlog.get_logger(__name__)
+
+
+class ProcessRuntime:
+    """`Runtime` over processes.
+
+    ``state_dir`` holds logs and what must outlive us; only instances that carry it are ours. ``log_size`` in bytes
+    is where a log is rotated. ``ports`` are those to hand out (by default 10,000 outside the ephemeral range),
+    ``table`` is the system's process table, and ``kill_timeout`` how many seconds a process may survive SIGKILL.
+    """
+
+    def __init__(
+        self,
+        state_dir: Path,
+        log_size: int,
+        *,
+        ports: Iterable[int] | None = None,
+        table: ProcessTable | None = None,
+        kill_timeout: float = _KILL_SECONDS,
+    ) -> None:
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        state_dir = state_dir.resolve()
+        self._state = str(state_dir)
+        self._table = processes.system_table(state_dir) if table is None else table
+        self._logs = LogFiles(state_dir / "logs", log_size)
+        self._records = Records(state_dir / "run")
+        self._ports = Ports(state_dir / "last-port", ports)
+        self._kill_timeout = kill_timeout
+        self._children: dict[str, int] = {}
+        self._killed: set[str] = set()
+        self._exits: dict[str, Exit] = {}
+        self._leftovers: dict[str, list[tuple[int, float]]] = {}
+
+    async def allocate(self) -> Address:
+        """See `Runtime`. Raises `StartFailed` when no port is free."""
+        return Address(HOST, self._ports.take())
+
+    async def start(self, order: StartOrder) -> Running:
+        """See `Runtime`."""
+        ids = Ids.of_order(order, self._state)
+        try:
+            log = self._logs.open(order.model, order.instance)
+        except OSError as error:
+            path = self._logs.path(order.model, order.instance)
+            raise StartFailed(spawn.explain_log(path, error)) from error
+        try:
+            pid = spawn.spawn(order.launch, spawn.environment(order.launch, ids.variables()), log)
+        finally:
+            os.close(log)
+        self._children[order.instance] = pid
+        # It is there even if it has ended already: only we collect it.
+        running = ids.running(pid, self._table.born(pid) or 0.0)
+        self._records.write(running)
+        self._logs.prune(order.model, self._children)
+        return running
+
+    async def wait(self, running: Running) -> Exit:
+        """See `Runtime`."""
+        if (known := self._exits.get(running.instance)) is not None:
+            return known
+        handle = self._table.open(running.pid, running.born)
+        if handle is not None:
+            with contextlib.closing(handle):
+                await handle.wait()
+        return self._collect(running.instance)
+
+    async def stop(self, running: Running, grace: float) -> Exit:
+        """See `Runtime`."""
+        handle = None if running.instance in self._exits else self._table.open(running.pid, running.born)
+        if handle is None:
+            # Its session's number may be a stranger's by now: only what carries the id is its own.
+            await self._clear(running, session=None)
+            return self._collect(running.instance, cleared=True)
+        with contextlib.closing(handle):
+            if grace > 0 and not handle.ended():
+                self._ask(running.pid)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(grace):
+                        await handle.wait()
+            await self._clear(running, session=running.pid)
+        return self._collect(running.instance, cleared=True)
+
+    async def listening(self, running: Running) -> bool:
+        """See `Runtime`."""
+        handle = self._table.open(running.pid, running.born)
+        if handle is None:
+            return False
+        with contextlib.closing(handle):
+            return not handle.ended() and self._table.listens(
+                running.address, running.pid, lambda: self._members(running.instance, running.pid)
+            )
+
+    async def instances(self) -> list[Running]:
+        """See `Runtime`. An instance whose main process has died is none, whatever it left behind (`sweep`)."""
+        for instance, pid in list(self._children.items()):
+            if not self._lives(pid):  # and nobody waited for it
+                self._collect(instance)
+        found = [running for running, _ in self._found().values() if running is not None]
+        self._records.keep_only({running.instance for running in found} | set(self._children))
+        return found
+
+    async def sweep(self, keep: set[str]) -> list[str]:
+        """Kill everything that carries our ids but is not of an instance in ``keep``; returns what that was.
+
+        Raises `Unkillable` after having killed what could be.
+        """
+        strays = {instance: pids for instance, (_, pids) in self._found().items() if instance not in keep}
+        swept = [
+            f"{self._table.describe(pid)} of instance {instance}" for instance, pids in strays.items() for pid in pids
+        ]
+        stuck: list[str] = []
+        for instance in strays:
+            self._killed.add(instance)
+            left = await self._kill_all(instance, session=None)
+            stuck += left
+            if not left:
+                self._collect(instance, cleared=True)
+        if stuck:
+            raise Unkillable(_survived(stuck))
+        return swept
+
+    async def log_tail(self, model: str, lines: int, instance: str | None = None) -> list[str]:
+        """See `Runtime`. Escapes are stripped, and of a progress bar only the last state is left."""
+        return await asyncio.to_thread(self._logs.tail, model, lines, instance)
+
+    async def rotate(self) -> None:
+        """Rotate the logs that have grown past ``log_size``; to be called every few seconds."""
+        for problem in await asyncio.to_thread(self._logs.rotate):
+            _log.warning("log rotation", problem=problem)
+
+    def _ask(self, pid: int) -> None:
+        # The caller holds a handle to the group's leader, so the number is still its own.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGTERM)
+            os.killpg(pid, signal.SIGCONT)  # a stopped process could not end
+
+    def _members(self, instance: str, session: int | None) -> list[int]:
+        """Return the PIDs of all that belongs to an instance; ``session`` is its own one, if that is sure."""
+        found: list[int] = []
+        for number, pids in processes.sessions(self._table).items():
+            if number == session:
+                found += pids
+            elif (ids := processes.carried(self._table, number, pids)) is not None:
+                found += pids if (ids.instance, ids.state) == (instance, self._state) else []
+        return found
+
+    def _survivors(self, instance: str, session: int | None) -> list[Handle]:
+        """Return handles of what still lives of an instance; the caller closes them."""
+        wanted: list[tuple[int, float | None]] = [(pid, None) for pid in self._members(instance, session)]
+        wanted += self._leftovers.get(instance, [])
+        living = {}
+        for pid, born in wanted:
+            handle = None if pid in living else self._table.open(pid, born)
+            if handle is None:
+                continue
+            if handle.ended():
+                handle.close()
+            else:
+                living[pid] = handle
+        return list(living.values())
+
+    async def _clear(self, running: Running, session: int | None) -> None:
+        """Kill what is left of an instance; raises `Unkillable`."""
+        if stuck := await self._kill_all(running.instance, session):
+            raise Unkillable(_survived(stuck))
+
+    async def _kill_all(self, instance: str, session: int | None) -> list[str]:
+        """Kill until nothing of an instance is left; returns what survived the time limit."""
+        deadline = asyncio.get_running_loop().time() + self._kill_timeout
+        while handles := self._survivors(instance, session):
+            with contextlib.ExitStack() as stack:
+                for handle in handles:
+                    stack.callback(handle.close)
+                for handle in handles:
+                    if handle.pid == session:
+                        self._killed.add(instance)
+                    with contextlib.suppress(PermissionError):  # then it will be among the survivors
+                        handle.signal(signal.SIGKILL)
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        for handle in handles:
+                            await handle.wait()
+                except TimeoutError:
+                    return [self._table.describe(handle.pid) for handle in handles if not handle.ended()]
+        self._leftovers.pop(instance, None)
+        return []
+
+    def _collect(self, instance: str, *, cleared: bool = False) -> Exit:
+        """Return how an instance ended; its main process has, and if ``cleared``, all others have too."""
+        if (known := self._exits.get(instance)) is not None:
+            return known
+        code: int | None = None
+        if (pid := self._children.get(instance)) is not None:
+            # As long as it is not collected, its session's number can't be another's.
+            for one in [] if cleared else self._survivors(instance, session=pid):
+                self._leftovers.setdefault(instance, []).append((one.pid, self._table.born(one.pid) or 0.0))
+                one.close()
+            with contextlib.suppress(ChildProcessError):  # someone ignores SIGCHLD, or collected all children
+                collected, status = os.waitpid(pid, os.WNOHANG)
+                code = os.waitstatus_to_exitcode(status) if collected == pid else None
+            del self._children[instance]
+        self._records.forget(instance)
+        found = self._exits[instance] = Exit(code, killed=instance in self._killed)
+        self._killed.discard(instance)
+        if len(self._exits) > _REMEMBERED_EXITS:
+            forgotten = next(iter(self._exits))
+            del self._exits[forgotten]
+            self._leftovers.pop(forgotten, None)
+        return found
+
+    def _found(self) -> dict[str, tuple[Running | None, list[int]]]:
+        """Return by instance what lives and carries our ids: its main process, if that lives, and all PIDs."""
+        ids_of: dict[str, Ids] = {}
+        pids_of: dict[str, list[int]] = {}
+        leaders_of: dict[str, list[tuple[float, int]]] = {}
+        for ids, session, pids in processes.carriers(self._table, self._state):
+            living = [pid for pid in pids if self._lives(pid)]
+            if not living:
+                continue
+            ids_of[ids.instance] = ids
+            pids_of.setdefault(ids.instance, []).extend(living)
+            if session in living and (born := self._table.born(session)) is not None:
+                leaders_of.setdefault(ids.instance, []).append((born, session))
+        found: dict[str, tuple[Running | None, list[int]]] = {}
+        for instance, ids in ids_of.items():
+            leaders = sorted(leaders_of.get(instance, []))
+            recorded = self._records.pid(instance)
+            if recorded is not None:
+                leaders = [leader for leader in leaders if leader[1] == recorded]
+            main = ids.running(leaders[0][1], leaders[0][0]) if leaders else None
+            found[instance] = (main, pids_of[instance])
+        return found
+
+    def _lives(self, pid: int) -> bool:
+        handle = self._table.open(pid)
+        if handle is None:
+            return False
+        with contextlib.closing(handle):
+            return not handle.ended()
+
+
+def _survived(names: list[str]) -> str:
+    return (
+        f"{', '.join(names)} survived SIGKILL; the driver or the kernel holds it. See dmesg; it may take resetting the "
+        "device or rebooting the machine"
+    )

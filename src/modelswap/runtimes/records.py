@@ -1,0 +1,53 @@
+"""Which process is an instance's main one, written down at its start.
+
+A child that made a session of its own looks just like a main process once its parent has died: same ids, no parent of
+ours. The record tells them apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection
+from pathlib import Path
+
+import msgspec
+
+from modelswap.runtimes.base import Running
+from modelswap.runtimes.logfiles import safe_name
+
+
+class Records:
+    """One small file per living instance."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def write(self, running: Running) -> None:
+        """Write one down."""
+        # Without it (a full disk, or we die just before) the oldest process of an instance counts as its main one.
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._path(running.instance).write_bytes(msgspec.json.encode(running))
+
+    def pid(self, instance: str) -> int | None:
+        """Return the PID of an instance's main process; None if that isn't known."""
+        try:
+            return msgspec.json.decode(self._path(instance).read_bytes(), type=Running).pid
+        except (OSError, msgspec.DecodeError):
+            return None
+
+    def forget(self, instance: str) -> None:
+        """Delete one."""
+        with contextlib.suppress(OSError):
+            self._path(instance).unlink(missing_ok=True)
+
+    def keep_only(self, living: Collection[str]) -> None:
+        """Delete those of all other instances."""
+        names = {self._path(instance).name for instance in living}
+        for path in self._folder.glob("*.json"):
+            if path.name not in names:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+
+    def _path(self, instance: str) -> Path:
+        return self._folder / f"{safe_name(instance)}.json"
