@@ -1,0 +1,82 @@
+"""The runtimes that the contract is tested on, and what drives them."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from modelswap.engines.base import Address, Launch
+from modelswap.runtimes.base import Running, Runtime, StartOrder
+from modelswap.runtimes.portable import PsutilTable
+from modelswap.runtimes.process import ProcessRuntime
+from modelswap.runtimes.processes import ProcessTable
+
+ENGINE = Path(__file__).with_name("engine_script.py")
+DEADLINE = 30.0
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Return when the condition holds; fails after `DEADLINE` seconds."""
+    async with asyncio.timeout(DEADLINE):
+        while not await condition():  # noqa: ASYNC110 - what is looked at are other processes
+            await asyncio.sleep(0.005)
+
+
+class Host:
+    """Drives one runtime: makes orders for stand-in engines, and waits for what they say."""
+
+    def __init__(self, state_dir: Path, renew: Callable[[], ProcessRuntime]) -> None:
+        self.state_dir = state_dir
+        self.renew = renew
+        self.process_runtime = renew()
+
+    @property
+    def runtime(self) -> Runtime:
+        """The runtime under test, by its contract."""
+        return self.process_runtime
+
+    def launch(self, behaviour: str, argument: object = "", env: dict[str, str] | None = None) -> Launch:
+        """Return how to start a stand-in engine."""
+        return Launch((sys.executable, "-S", "-E", str(ENGINE), behaviour, str(argument)), env or {})
+
+    def order(self, launch: Launch, address: Address, model: str = "some/model") -> StartOrder:
+        """Return an order with an instance id of its own."""
+        instance = uuid.uuid4().hex
+        return StartOrder(instance=instance, model=model, definition="digest", launch=launch, address=address)
+
+    async def start(self, behaviour: str, argument: object = None, model: str = "some/model") -> Running:
+        """Start a stand-in engine; its argument is the port if not told otherwise."""
+        address = await self.runtime.allocate()
+        launch = self.launch(behaviour, address.port if argument is None else argument)
+        return await self.runtime.start(self.order(launch, address, model))
+
+    async def says(self, running: Running, word: str) -> list[str]:
+        """Return the log's words after ``word``, once the engine has said it."""
+        found: list[str] = []
+
+        async def said() -> bool:
+            lines = await self.runtime.log_tail(running.model, 100, running.instance)
+            found[:] = next((line.split()[1:] for line in lines if line.split()[:1] == [word]), [])
+            return any(line.split()[:1] == [word] for line in lines)
+
+        await until(said)
+        return found
+
+
+@pytest.fixture(params=["procfs", "psutil"])
+async def host(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Host]:
+    """A host for each way of looking at processes; nothing is left over when the test is done."""
+
+    def renew() -> ProcessRuntime:
+        table: ProcessTable | None = PsutilTable() if request.param == "psutil" else None
+        return ProcessRuntime(tmp_path / "state", 64 * 1024, table=table)
+
+    host = Host(tmp_path / "state", renew)
+    yield host
+    await host.process_runtime.sweep(set())
+    assert await host.process_runtime.sweep(set()) == []
