@@ -1,0 +1,69 @@
+"""``modelswap orchestrator`` and ``modelswap gateway``: one service in this process."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Final
+
+from modelswap.cli import addresses
+from modelswap.cli.failure import ExitCode, Failure
+from modelswap.cli.parent import tie_to_parent
+from modelswap.cli.settings import load_config
+from modelswap.protocol.errors import ModelswapError
+
+_TOKEN: Final = "MODELSWAP_TOKEN"  # noqa: S105 - the variable's name
+_TOKEN_WITHIN: Final = 30.0
+_LOOK_EVERY: Final = 0.1
+
+
+def orchestrator(path: Path) -> None:
+    """Run the orchestrator until SIGTERM; raises `Failure`."""
+    tie_to_parent()
+    load_config(path)
+    from modelswap.orchestrator.main import run
+
+    try:
+        run(path)
+    except ModelswapError as error:
+        raise Failure(str(error), code=ExitCode.USAGE) from error
+
+
+def gateway(path: Path, worker: int, url: str | None) -> None:
+    """Run gateway worker number ``worker`` until SIGTERM; raises `Failure`."""
+    tie_to_parent()
+    config = load_config(path)
+    from modelswap.gateway.main import run
+    from modelswap.orchestrator.state import state_dir
+
+    orchestrator_url = url or addresses.url(config.orchestrator.host, config.orchestrator.port)
+    try:
+        run(config, worker=worker, orchestrator_url=orchestrator_url, token=wait_for_token(state_dir(config)))
+    except ModelswapError as error:
+        raise Failure(str(error), code=ExitCode.USAGE) from error
+
+
+def wait_for_token(state: Path, within: float = _TOKEN_WITHIN) -> str:
+    """Return the gateways' token; waits for the orchestrator to make it, at most ``within`` seconds.
+
+    Raises `Failure`.
+    """
+    if given := os.environ.get(_TOKEN, "").strip():
+        return given
+    path = state / "token"
+    deadline = time.monotonic() + within
+    while True:
+        try:
+            if token := path.read_text().strip():
+                return token
+        except FileNotFoundError:
+            pass
+        except (OSError, UnicodeDecodeError) as error:
+            raise Failure(f"can't read the token {path}: {error}", f"mend that, or set {_TOKEN}") from error
+        if time.monotonic() > deadline:
+            raise Failure(
+                f"there is no token at {path} after {within:g} s",
+                f"start the orchestrator first, or set {_TOKEN} for both",
+            )
+        time.sleep(_LOOK_EVERY)
