@@ -436,6 +436,7 @@ class Admission:
             if lease is not None:
                 self._start_closing(lease, now)
             lease = self._leases[opened.model] = Lease(opened, now)
+            self._contended.discard(opened.model)
         else:
             fewer = opened.slots < lease.slots
             lease.slots = opened.slots

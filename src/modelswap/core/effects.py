@@ -21,6 +21,13 @@ class Say(Effect, frozen=True):
     message: OrchestratorMessage
 
 
+class Disconnect(Effect, frozen=True):
+    """Close the connection to a gateway that was silent for too long; it must say hello again."""
+
+    gateway: str
+    reason: str
+
+
 class BringIn(Effect, frozen=True):
     """Start an instance, wait until it is healthy, pass its canary.
 

@@ -35,7 +35,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The scheduling rules' parameters; meanings in `modelswap.spec.config.Scheduling`.
 
     ``min_residency`` None means ``residency_factor`` times the measured swap time of the resident model.
-    ``crash_window``: a model that dies sooner than this after it came in backs off as if its start had failed.
+    A model that dies within ``crash_window`` of coming in, ``crashes_forgiven`` times in a row and then once more, backs off
+    as if its start had failed.
     """
 
     max_wait: float = 160.0
@@ -51,5 +52,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     term: float = 10.0
     backoff_first: float = 2.0
     backoff_longest: float = 300.0
-    crash_window: float = 60.0
+    crash_window: float = 10.0
+    crashes_forgiven: int = 3
     progress_interval: float = 2.0

@@ -143,6 +143,11 @@ class WaitingRoom:
         heads = [head for name in list(line._heaps) if (head := self._head(line, name)) is not None]
         return min(heads, key=lambda ticket: ticket.rank, default=None)
 
+    def oldest(self, model: str) -> float | None:
+        """Return when the first ticket in rank for ``model`` arrived; for views, where that is near enough."""
+        head = self.head(model)
+        return head.arrived if head is not None else None
+
     def _head(self, line: Line, gateway: str) -> Ticket | None:
         heap = line._heaps.get(gateway)
         if heap is None:

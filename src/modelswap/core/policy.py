@@ -24,10 +24,11 @@ class Residency(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Contender(msgspec.Struct, frozen=True, kw_only=True):
-    """The model that would be next, by its first waiter. ``rank`` is when that one came, earlier for priority."""
+    """The model that would be next, by its first waiter, who ``arrived`` then; ``rank`` is earlier for priority."""
 
     model: str
     rank: float
+    arrived: float
     urgent: bool
 
 

@@ -69,7 +69,6 @@ class GatewayView(msgspec.Struct, frozen=True, kw_only=True):
 
     gateway: str
     silent_for: float
-    broken: bool
     waiting: int
     leases: int
 

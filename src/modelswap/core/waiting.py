@@ -124,7 +124,9 @@ def contender(world: World, device: DeviceRecord) -> Contender | None:
         head = world.waiting.head(name)
         if head is not None and (best is None or head.rank < best.rank):
             best = head
-    return Contender(model=best.model, rank=best.rank, urgent=best.urgent) if best is not None else None
+    if best is None:
+        return None
+    return Contender(model=best.model, rank=best.rank, arrived=best.arrived, urgent=best.urgent)
 
 
 def estimate(world: World, model: ModelRecord) -> float:

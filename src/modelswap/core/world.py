@@ -91,7 +91,9 @@ class ModelRecord:
     pace: Pace = field(default_factory=lambda: Pace(Average()))
     backoff: Backoff | None = None
     failures: int = 0
-    """Failed starts and early deaths in a row."""
+    """Failed starts in a row, and early deaths beyond those that are forgiven."""
+    early_deaths: int = 0
+    """Deaths soon after coming in, in a row."""
 
 
 @dataclass(slots=True, kw_only=True)

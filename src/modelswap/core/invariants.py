@@ -1,0 +1,84 @@
+"""What must hold after every event. Asserted in tests and in the simulator, never in production."""
+
+from __future__ import annotations
+
+from modelswap.core.line import ADMIN
+from modelswap.core.states import HOLDING, InstanceState
+from modelswap.core.swap import Phase
+from modelswap.core.world import DeviceRecord, Instance, World
+
+
+def check(world: World) -> None:
+    """Assert every invariant of design and protocol."""
+    for device in world.devices.values():
+        _memory(world, device)
+        _swap(world, device)
+    for instance in world.instances.values():
+        _instance(world, instance)
+        _slots(instance)
+        _leases(world, instance)
+    _tickets(world)
+
+
+def _claim(held: bool, message: str) -> None:
+    if not held:
+        raise AssertionError(message)
+
+
+def _memory(world: World, device: DeviceRecord) -> None:
+    held = sum(i.demand for i in world.on_device(device.name) if i.state in HOLDING)
+    _claim(held <= device.facts.capacity, f"{device.name}: {held} held of {device.facts.capacity}")
+    starting = [i for i in world.on_device(device.name) if i.state in (InstanceState.STARTING, InstanceState.WAKING)]
+    if starting and not device.private:
+        _claim(held + device.dirty <= device.facts.capacity, f"{device.name}: a start before its memory was free")
+
+
+def _swap(world: World, device: DeviceRecord) -> None:
+    swap = device.swap
+    if swap is None:
+        moving = [i.id for i in world.on_device(device.name) if i.state is InstanceState.DRAINING]
+        _claim(not moving, f"{device.name}: {moving} drain without a swap")
+        return
+    if swap.phase is Phase.IN:
+        _claim(swap.instance in world.instances, f"{device.name}: nothing is being brought in")
+    else:
+        starting = [i.id for i in world.on_device(device.name) if i.state is InstanceState.STARTING]
+        _claim(not starting, f"{device.name}: {starting} start in phase {swap.phase}")
+
+
+def _instance(world: World, instance: Instance) -> None:
+    _claim(world.by_model.get(instance.model) == instance.id, f"{instance.id} isn't its model's one instance")
+    if instance.epoch is not None:
+        _claim(instance.state is InstanceState.READY, f"{instance.id} is {instance.state}, and open")
+    floor = sum(ticket.floor_of == instance.id for ticket in world.waiting)
+    _claim(floor == instance.floor, f"{instance.id}: floor {instance.floor}, but {floor} tickets stand on it")
+
+
+def _slots(instance: Instance) -> None:
+    running = sum(lease.in_flight for lease in instance.leases.values() if lease.in_flight > lease.upper)
+    _claim(not running, f"{instance.id}: {running} run beyond what was granted")
+
+
+def _leases(world: World, instance: Instance) -> None:
+    for (gateway, epoch), lease in instance.leases.items():
+        _claim(gateway in world.gateways, f"{instance.id}: a lease of {gateway}, which is gone")
+        _claim((lease.gateway, lease.epoch) == (gateway, epoch), f"{instance.id}: a lease under a wrong key")
+        if not lease.closing:
+            _claim(epoch == instance.epoch, f"{instance.id}: an open lease of an old epoch")
+            _claim(instance.state is InstanceState.READY, f"{instance.id}: an open lease while {instance.state}")
+
+
+def _tickets(world: World) -> None:
+    counts: dict[str, int] = {}
+    for ticket in world.waiting:
+        counts[ticket.model] = counts.get(ticket.model, 0) + 1
+        if ticket.gateway == ADMIN:
+            _claim(ticket.key[1] in world.ensures, f"ticket {ticket.key} without its request")
+        else:
+            _claim(ticket.gateway in world.gateways, f"ticket {ticket.key} of a gateway that is gone")
+    for model, count in counts.items():
+        _claim(world.waiting.line(model).count == count, f"{model}: the line's count is off")
+        record = world.models.get(model)
+        _claim(record is not None, f"{model}: waited for, but not configured")
+        _claim(record is None or record.backoff is None, f"{model}: waited for while it backs off")
+    _claim(set(world.ensures) == {t.key[1] for t in world.waiting if t.gateway == ADMIN}, "requests without tickets")

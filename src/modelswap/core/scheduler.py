@@ -1,0 +1,326 @@
+"""The scheduler: a pure state machine. Events in, effects out; time comes in on events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from modelswap.core import effects, events, invariants, leasing, swapping, views, waiting
+from modelswap.core.facts import DeviceFacts
+from modelswap.core.policy import GateFloor, Policy
+from modelswap.core.snapshot import Snapshot
+from modelswap.core.states import InstanceState
+from modelswap.core.world import DeviceRecord, Instance, ModelRecord, Request, World
+from modelswap.protocol.errors import Code
+from modelswap.protocol.messages import Admitted, Drained, Fault, Forget, Heartbeat, Hello, Usage, Want
+
+
+class Scheduler:
+    """Decides which model is resident on each device, and tells gateways.
+
+    ``generation`` must be greater than that of every scheduler before. `handle` takes one event and returns what is to
+    be done, in order. A `ForbiddenTransitionError` from it is a bug in this package.
+    """
+
+    def __init__(self, generation: int, policy: Policy | None = None) -> None:
+        self._world = World(generation=generation)
+        self._policy = policy if policy is not None else GateFloor()
+        self._handlers: dict[type[events.Event], Callable[[Any], None]] = {
+            events.Configure: self._configure,
+            events.Adopted: self._adopted,
+            events.Begin: self._begin,
+            events.GatewaySaid: self._gateway_said,
+            events.GatewayLost: self._gateway_lost,
+            events.BringInStage: self._bring_in_stage,
+            events.BroughtIn: self._brought_in,
+            events.BringInFailed: self._bring_in_failed,
+            events.Died: self._died,
+            events.PutOut: self._put_out,
+            events.PutOutFailed: self._put_out_failed,
+            events.Released: self._released,
+            events.ReleaseFailed: self._release_failed,
+            events.Probed: self._probed,
+            events.Ensure: self._ensure,
+            events.Unload: self._unload,
+            events.Withdraw: self._withdraw,
+            events.Tick: self._tick,
+            events.Shutdown: self._shutdown,
+        }
+
+    # ── the three calls ──────────────────────────────────────────────────────────────────────────────────
+
+    def handle(self, event: events.Event) -> list[effects.Effect]:
+        """Take one event in; return what is to be done now, in order."""
+        world = self._world
+        world.now = max(world.now, event.at)  # a clock that stepped back must not undo waiting
+        self._handlers[type(event)](event)
+        self._follow_up()
+        out, world.out = world.out, []
+        return out
+
+    def next_deadline(self) -> float | None:
+        """Return when a `Tick` is due if nothing else happens; None if never."""
+        world = self._world
+        times = [at for device in world.devices.values() if (at := swapping.next_deadline(world, device)) is not None]
+        if world.begin_deadline is not None:
+            times.append(world.begin_deadline)
+        times.extend(gateway.heard + world.settings.term for gateway in world.gateways.values())
+        times.extend(model.backoff.until for model in world.models.values() if model.backoff is not None)
+        if len(world.waiting):
+            times.append(world.progress_at)
+        return min(times, default=None)
+
+    def snapshot(self, now: float) -> Snapshot:
+        """Return the whole state as plain data."""
+        return views.snapshot(self._world, now)
+
+    def check(self) -> None:
+        """Assert every invariant; raises `AssertionError` that says which one is broken."""
+        invariants.check(self._world)
+
+    # ── events ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _configure(self, event: events.Configure) -> None:
+        world = self._world
+        world.settings = event.settings
+        before, world.models = world.models, {}
+        devices = {facts.name: facts for facts in event.devices}
+        for facts in event.models:
+            private = facts.device is None
+            name = f"beside:{facts.name}" if facts.device is None else facts.device
+            if private:
+                devices[name] = DeviceFacts(name, facts.demand)
+            old = before.get(facts.name)
+            slots_before = old.facts.slots if old is not None else 0
+            model = ModelRecord(facts=facts, device=name)
+            if old is not None and old.facts.definition == facts.definition:
+                old.facts, old.device, model = facts, name, old
+            world.models[facts.name] = model
+            instance = world.instance_of(facts.name)
+            if instance is not None and model is old and slots_before != facts.slots:
+                instance.slots = facts.slots
+        for name, device_facts in devices.items():
+            device = world.devices.get(name)
+            if device is None:
+                world.devices[name] = DeviceRecord(facts=device_facts, private=name.startswith("beside:"))
+            else:
+                device.facts = device_facts
+        for instance in [i for i in world.instances.values() if i.state is InstanceState.FAILED]:
+            record = world.models.get(instance.model)
+            if record is None or record.backoff is None:
+                self._clear_failed(instance)
+        occupied = {instance.device for instance in world.instances.values()}
+        for name in [name for name in world.devices if name not in devices and name not in occupied]:
+            del world.devices[name]
+        for model_name in [name for name in world.waiting.models() if name not in world.models]:
+            message = waiting.unknown_model(world, model_name)
+            waiting.refuse_model(world, model_name, Code.MODEL_NOT_FOUND, message)
+        world.catalog_changed = True
+
+    def _adopted(self, event: events.Adopted) -> None:
+        world = self._world
+        instance = world.add_instance(world.models[event.model], event.instance)
+        instance.definition = event.definition
+        instance.host, instance.port, instance.slots = event.host, event.port, event.slots
+        if event.ready:
+            world.transition(instance, InstanceState.READY, "adopted")
+            instance.ready_at = world.now
+        else:
+            world.transition(instance, InstanceState.STARTING, "adopted while starting")
+
+    def _begin(self, event: events.Begin) -> None:
+        world = self._world
+        world.expected = set(event.expected) - world.gateways.keys()
+        world.begin_deadline = world.now + world.settings.term
+        if not world.instances:
+            world.expected.clear()  # nothing runs, so no lease can be held on anything
+
+    def _gateway_said(self, event: events.GatewaySaid) -> None:
+        world = self._world
+        gateway, message = event.gateway, event.message
+        if isinstance(message, Hello):
+            leasing.hello(world, gateway, message)
+            return
+        record = world.gateways.get(gateway)
+        if record is None:
+            return  # broken, or never said hello; it is being disconnected
+        record.heard = world.now
+        match message:
+            case Want():
+                waiting.want(world, gateway, message)
+                instance = world.instance_of(message.model)
+                if instance is not None and instance.resident:
+                    leasing.share(world, instance)
+            case Forget():
+                waiting.forget(world, (gateway, message.ticket))
+            case Admitted():
+                leasing.admitted(world, gateway, message)
+            case Usage():
+                leasing.usage(world, gateway, message)
+            case Drained():
+                leasing.drained(world, gateway, message)
+            case Fault():
+                leasing.fault(world, gateway, message)
+            case Heartbeat():
+                world.say(gateway, Heartbeat(n=message.n))
+
+    def _gateway_lost(self, event: events.GatewayLost) -> None:
+        leasing.forget_gateway(self._world, event.gateway)
+
+    def _bring_in_stage(self, event: events.BringInStage) -> None:
+        instance = self._world.instances.get(event.instance)
+        if instance is not None and instance.state is InstanceState.STARTING:
+            instance.stage, instance.fraction = event.stage, event.fraction
+
+    def _brought_in(self, event: events.BroughtIn) -> None:
+        instance = self._in(event.instance, InstanceState.STARTING)
+        if instance is not None:
+            instance.host, instance.port, instance.slots = event.host, event.port, event.slots
+            swapping.brought_in(self._world, instance)
+
+    def _bring_in_failed(self, event: events.BringInFailed) -> None:
+        instance = self._in(event.instance, InstanceState.STARTING)
+        if instance is not None:
+            swapping.bring_in_failed(self._world, instance, event.code, event.message, permanent=event.permanent)
+
+    def _died(self, event: events.Died) -> None:
+        instance = self._in(event.instance, InstanceState.READY, InstanceState.DRAINING)
+        if instance is not None:
+            swapping.died(self._world, instance, event.message)
+
+    def _put_out(self, event: events.PutOut) -> None:
+        instance = self._in(event.instance, InstanceState.STOPPING)
+        if instance is not None:
+            swapping.put_out(self._world, instance)
+
+    def _put_out_failed(self, event: events.PutOutFailed) -> None:
+        instance = self._in(event.instance, InstanceState.STOPPING)
+        if instance is not None:
+            swapping.put_out_failed(self._world, instance, event.message)
+
+    def _released(self, event: events.Released) -> None:
+        device = self._world.devices.get(event.device)
+        if device is not None:
+            swapping.released(self._world, device)
+
+    def _release_failed(self, event: events.ReleaseFailed) -> None:
+        device = self._world.devices.get(event.device)
+        if device is not None:
+            swapping.release_failed(self._world, device, event.message)
+
+    def _probed(self, event: events.Probed) -> None:
+        instance = self._world.instances.get(event.instance)
+        if instance is None:
+            return
+        instance.probing = False
+        if instance.state is InstanceState.READY:
+            if event.healthy:
+                leasing.faults_settled(self._world, instance)
+            else:
+                swapping.died(self._world, instance, event.message)
+
+    def _ensure(self, event: events.Ensure) -> None:
+        waiting.ensure(self._world, Request(id=event.request, model=event.model, began=self._world.now))
+
+    def _unload(self, event: events.Unload) -> None:
+        world = self._world
+        world.unloads[event.request] = Request(id=event.request, model=event.model, began=world.now)
+
+    def _withdraw(self, event: events.Withdraw) -> None:
+        waiting.withdraw(self._world, event.request)
+
+    def _tick(self, event: events.Tick) -> None:
+        """Time has passed; `_follow_up` sees to the rest."""
+
+    def _shutdown(self, event: events.Shutdown) -> None:
+        world = self._world
+        world.shutting_down = True
+        for ticket in list(world.waiting):
+            waiting.refuse(world, ticket, Code.SHUTTING_DOWN, "modelswap is shutting down")
+        for device in world.devices.values():
+            if device.swap is not None:
+                device.swap.target = None
+        for instance in list(world.instances.values()):
+            if instance.state is InstanceState.STARTING:
+                swapping.cancel_start(world, instance)
+            elif event.now:
+                swapping.stop_at_once(world, instance)
+
+    # ── after every event ────────────────────────────────────────────────────────────────────────────────
+
+    def _follow_up(self) -> None:
+        world = self._world
+        self._break_silent_gateways()
+        self._end_backoffs()
+        if world.begin_deadline is not None and (not world.expected or world.now >= world.begin_deadline):
+            self._open_adopted()
+        for instance in [i for i in world.instances.values() if i.gone]:
+            swapping.settle(world, instance)
+        for device in list(world.devices.values()):
+            swapping.advance(world, device)
+            swapping.decide(world, device, self._policy)
+        self._answer_unloads()
+        if world.catalog_changed:
+            world.catalog_changed = False
+            catalog = leasing.catalog(world)
+            for gateway in world.gateways:
+                world.say(gateway, catalog)
+        if len(world.waiting) and world.now >= world.progress_at:
+            world.progress_at = world.now + world.settings.progress_interval
+            leasing.tell_progress(world)
+        if world.shutting_down and not world.finished and not any(self._alive()):
+            world.finished = True
+            world.emit(effects.Finished())
+
+    def _break_silent_gateways(self) -> None:
+        world = self._world
+        for name in [n for n, g in world.gateways.items() if world.now - g.heard >= world.settings.term]:
+            # It may still be sending, so it must say hello again before it counts for anything.
+            leasing.forget_gateway(world, name)
+            world.emit(effects.Disconnect(gateway=name, reason=f"silent for {world.settings.term:g} s"))
+
+    def _end_backoffs(self) -> None:
+        world = self._world
+        for name, model in world.models.items():
+            if model.backoff is not None and world.now >= model.backoff.until:
+                model.backoff = None
+                instance = world.instance_of(name)
+                if instance is not None and instance.state is InstanceState.FAILED:
+                    self._clear_failed(instance)
+
+    def _clear_failed(self, instance: Instance) -> None:
+        self._world.transition(instance, InstanceState.ABSENT, "may be tried again")
+        self._world.remove(instance)
+
+    def _open_adopted(self) -> None:
+        world = self._world
+        world.begun = True
+        world.begin_deadline = None
+        for instance in list(world.instances.values()):
+            if instance.state is InstanceState.READY:
+                leasing.open_instance(world, instance)
+                world.emit(effects.Watch(instance=instance.id, model=instance.model))
+                waiting.answer_ensures(world, instance, "resident", None)
+            elif instance.state is InstanceState.STARTING:
+                swapping.adopt_start(world, instance)
+
+    def _answer_unloads(self) -> None:
+        world = self._world
+        for request in list(world.unloads.values()):
+            held = [
+                instance
+                for instance in world.instances.values()
+                if request.model in (None, instance.model) and instance.state is not InstanceState.FAILED
+            ]
+            if held:
+                request.previous = held[0].model
+            else:
+                waiting.answer_unload(world, request)
+
+    def _alive(self) -> list[Instance]:
+        return [i for i in self._world.instances.values() if i.state is not InstanceState.FAILED]
+
+    def _in(self, instance: str, *states: InstanceState) -> Instance | None:
+        """Return an instance if it is in one of ``states``; a report about another state came too late."""
+        found = self._world.instances.get(instance)
+        return found if found is not None and found.state in states else None

@@ -1,0 +1,314 @@
+"""The swap transaction as decisions: fence, drain, put out, verify the memory, bring in, open.
+
+One swap at a time per device. `decide` begins one, `advance` carries it on after every event.
+"""
+
+from __future__ import annotations
+
+from modelswap.core import effects, leasing, waiting
+from modelswap.core.policy import Policy, Residency
+from modelswap.core.states import InstanceState
+from modelswap.core.swap import Phase, Swap, SwapOutcome
+from modelswap.core.world import Backoff, DeviceRecord, Instance, World
+from modelswap.protocol.errors import Code
+
+_READY = InstanceState.READY
+
+
+def decide(world: World, device: DeviceRecord, policy: Policy) -> None:
+    """Begin a swap on an idle device, if one is due."""
+    device.reconsider_at = None
+    if not world.begun or device.swap is not None:
+        return
+    here = list(world.on_device(device.name))
+    if any(instance.state is not _READY for instance in here):
+        return  # one that died is being cleared away
+    outdated = [i for i in here if world.shutting_down or _outdated(world, i) or _to_unload(world, i)]
+    if outdated:
+        _begin(world, device, None, outdated, queue=0.0)
+        return
+    contender = waiting.contender(world, device)
+    for instance in here:
+        leasing.set_contended(world, instance, contended=contender is not None)
+    if contender is None or device.stuck or device.blocked:
+        return
+    model = world.models[contender.model]
+    queue = max(world.now - contender.arrived, 0.0)
+    if world.room(device) + device.dirty >= model.facts.demand:
+        _begin(world, device, contender.model, [], queue)
+        return
+    for instance in here:
+        residency = Residency(
+            since=instance.ready_at,
+            floor=instance.floor,
+            idle_since=leasing.idle_since(world, instance),
+            swap_time=world.models[instance.model].swap_time.value,
+        )
+        verdict = policy.consider(residency, contender, world.settings, world.now)
+        if not verdict.leave:
+            device.reconsider_at = verdict.again_at
+            return
+    _begin(world, device, contender.model, here, queue)
+
+
+def advance(world: World, device: DeviceRecord) -> None:
+    """Carry the swap under way on this device as far as it goes now."""
+    swap = device.swap
+    if swap is None:
+        return
+    if swap.phase is Phase.DRAIN:
+        _drain(world, device, swap)
+    if device.swap is swap and swap.phase is Phase.OUT:
+        _after_out(world, device, swap)
+    if device.swap is swap and swap.phase is Phase.RELEASE and not device.dirty:
+        _bring_in(world, device, swap)
+
+
+def next_deadline(world: World, device: DeviceRecord) -> float | None:
+    """Return when this device must be looked at again, if nothing happens before."""
+    swap = device.swap
+    if swap is None:
+        return device.reconsider_at
+    if swap.phase is Phase.DRAIN and not swap.aborted and world.settings.abort_on_drain_timeout:
+        return swap.phase_began + world.settings.drain_timeout
+    return None
+
+
+def adopt_start(world: World, instance: Instance) -> None:
+    """Take up the start of an instance that an earlier orchestrator began."""
+    device = world.devices[instance.device]
+    swap = _new_swap(world, device, instance.model, [], queue=0.0)
+    swap.enter(Phase.IN, world.now)
+    swap.instance = instance.id
+    _emit_bring_in(world, instance, adopted=True)
+
+
+def brought_in(world: World, instance: Instance) -> None:
+    """Open an instance that has proved healthy, and end its swap."""
+    device = world.devices[instance.device]
+    swap = device.swap
+    model = world.models.get(instance.model)
+    world.transition(instance, _READY, "brought in")
+    instance.stage, instance.fraction = "", None
+    if model is not None and swap is not None:
+        model.load_time.add(world.now - swap.phase_began)
+        model.swap_time.add(world.now - swap.began - swap.phases.get(Phase.DRAIN, 0.0))
+        model.failures = max(model.early_deaths - world.settings.crashes_forgiven, 0)
+    leasing.open_instance(world, instance)
+    if swap is not None:
+        _end(world, device, SwapOutcome.OK)
+    world.emit(effects.Watch(instance=instance.id, model=instance.model))
+    waiting.answer_ensures(world, instance, "cold", swap.source if swap is not None else None)
+
+
+def bring_in_failed(world: World, instance: Instance, code: Code, message: str, *, permanent: bool) -> None:
+    """Refuse whoever waits for a model that would not start, and leave it alone for a while."""
+    device = world.devices[instance.device]
+    world.transition(instance, InstanceState.FAILED, message.partition("\n")[0])
+    _soil(device, instance)
+    instance.leases.clear()
+    back_off(world, instance.model, code, message, permanent=permanent)
+    _end(world, device, SwapOutcome.FAILED, message)
+
+
+def back_off(world: World, name: str, code: Code, message: str, *, permanent: bool) -> None:
+    """Don't start a model for a while, longer each time; refuse whoever waits for it."""
+    model = world.models.get(name)
+    if model is None:
+        return
+    settings = world.settings
+    model.failures += 1
+    pause = min(settings.backoff_first * 2.0 ** (model.failures - 1), settings.backoff_longest)
+    model.backoff = Backoff(
+        until=world.now + pause, failures=model.failures, code=code, message=message, permanent=permanent
+    )
+    waiting.refuse_model(world, name, code, message, pause)
+
+
+def died(world: World, instance: Instance, message: str) -> None:
+    """Clear away an instance that ended by itself or hangs. Its waiters go on waiting for the next one."""
+    early = world.now - instance.ready_at < world.settings.crash_window
+    world.transition(instance, InstanceState.STOPPING, message.partition("\n")[0] or "died")
+    leasing.close_instance(world, instance)
+    world.emit(effects.PutOut(instance=instance.id, model=instance.model, kill=True))
+    model = world.models.get(instance.model)
+    if model is None:
+        return
+    # A few times are bad luck and cost nothing; a model that keeps dying must not evict the others again and again.
+    model.early_deaths = model.early_deaths + 1 if early else 0
+    if model.early_deaths > world.settings.crashes_forgiven:
+        back_off(world, instance.model, Code.MODEL_START_FAILED, message, permanent=False)
+
+
+def put_out(world: World, instance: Instance) -> None:
+    """Note that nothing of an instance runs any more; it is forgotten once its leases have drained too."""
+    instance.gone = True
+    world.devices[instance.device].stuck = ""
+    settle(world, instance)
+
+
+def settle(world: World, instance: Instance) -> None:
+    """Forget an instance whose processes and leases are gone."""
+    if not instance.gone or instance.leases:
+        return
+    world.transition(instance, InstanceState.ABSENT, "put out")
+    world.remove(instance)
+    _soil(world.devices[instance.device], instance)
+
+
+def put_out_failed(world: World, instance: Instance, message: str) -> None:
+    """Mark the device stuck and answer everybody who waits for it: a process can't be killed."""
+    device = world.devices[instance.device]
+    device.stuck = message
+    _refuse_device(world, device, Code.DEVICE_STUCK, message)
+
+
+def released(world: World, device: DeviceRecord) -> None:
+    """Note that the device's memory is free again."""
+    device.dirty = 0
+    device.blocked = ""
+
+
+def release_failed(world: World, device: DeviceRecord, message: str) -> None:
+    """Answer everybody who waits for a device whose memory doesn't come back; its swap goes on when it does."""
+    device.blocked = message
+    _refuse_device(world, device, Code.MEMORY_NOT_RELEASED, message)
+
+
+def cancel_start(world: World, instance: Instance) -> None:
+    """Stop an instance that is being started."""
+    world.transition(instance, InstanceState.STOPPING, "no longer wanted")
+    world.emit(effects.PutOut(instance=instance.id, model=instance.model))
+    _end(world, world.devices[instance.device], SwapOutcome.CANCELLED)
+
+
+def stop_at_once(world: World, instance: Instance) -> None:
+    """Stop a ready or draining instance without waiting for what runs on it."""
+    if instance.state in (_READY, InstanceState.DRAINING):
+        world.transition(instance, InstanceState.STOPPING, "stopped at once")
+        leasing.close_instance(world, instance, abort=True)
+        world.emit(effects.PutOut(instance=instance.id, model=instance.model, kill=True))
+
+
+# ── inside ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _outdated(world: World, instance: Instance) -> bool:
+    model = world.models.get(instance.model)
+    return model is None or model.facts.definition != instance.definition or model.device != instance.device
+
+
+def _to_unload(world: World, instance: Instance) -> bool:
+    return any(request.model in (None, instance.model) for request in world.unloads.values())
+
+
+def _new_swap(world: World, device: DeviceRecord, target: str | None, victims: list[Instance], queue: float) -> Swap:
+    device.swap = Swap(
+        device=device.name,
+        target=target,
+        source=victims[0].model if victims else None,
+        victims=[victim.id for victim in victims],
+        began=world.now,
+        queue=queue,
+        phase=Phase.DRAIN,
+        phase_began=world.now,
+    )
+    device.reconsider_at = None
+    world.progress_at = world.now  # waiting clients hear of it at once
+    return device.swap
+
+
+def _begin(world: World, device: DeviceRecord, target: str | None, victims: list[Instance], queue: float) -> None:
+    _new_swap(world, device, target, victims, queue)
+    for victim in victims:
+        world.transition(victim, InstanceState.DRAINING, f"swap to {target}" if target else "unload")
+        leasing.close_instance(world, victim)
+    advance(world, device)
+
+
+def _drain(world: World, device: DeviceRecord, swap: Swap) -> None:
+    draining = [world.instances[v] for v in swap.victims if v in world.instances]
+    if swap.target is not None and draining and not world.waiting.line(swap.target).count:
+        following = waiting.contender(world, device)
+        if following is not None and all(victim.model != following.model for victim in draining):
+            swap.target = following.model
+        elif all(victim.state is InstanceState.DRAINING for victim in draining):
+            _open_again(world, device, draining)
+            return
+        # Else something has been stopped already: the target is chosen anew when the device is free.
+    settings = world.settings
+    overdue = world.now >= swap.phase_began + settings.drain_timeout
+    if settings.abort_on_drain_timeout and overdue and not swap.aborted:
+        swap.aborted = True
+        for victim in draining:
+            leasing.close_instance(world, victim, abort=True)
+    for victim in draining:
+        if victim.state is InstanceState.DRAINING and not victim.leases:
+            world.transition(victim, InstanceState.STOPPING, "drained")
+            world.emit(effects.PutOut(instance=victim.id, model=victim.model))
+    if all(victim.state is InstanceState.STOPPING for victim in draining):
+        swap.enter(Phase.OUT, world.now)
+
+
+def _open_again(world: World, device: DeviceRecord, draining: list[Instance]) -> None:
+    """Undo a swap that nobody waits for any more, before anything was stopped."""
+    for victim in draining:
+        world.transition(victim, _READY, "nobody waits for another any more")
+        leasing.open_instance(world, victim)
+        waiting.answer_ensures(world, victim, "resident", None)
+    _end(world, device, SwapOutcome.CANCELLED)
+
+
+def _after_out(world: World, device: DeviceRecord, swap: Swap) -> None:
+    if any(victim in world.instances for victim in swap.victims):
+        return
+    if swap.target is None:
+        _end(world, device, SwapOutcome.OK)
+        return
+    swap.enter(Phase.RELEASE, world.now)
+    if device.dirty:
+        holders = tuple(i.id for i in world.on_device(device.name))
+        world.emit(effects.VerifyReleased(device=device.name, model=swap.target, holders=holders))
+
+
+def _bring_in(world: World, device: DeviceRecord, swap: Swap) -> None:
+    following = waiting.contender(world, device)
+    if following is None:
+        _end(world, device, SwapOutcome.CANCELLED)
+        return
+    if swap.target is None or not world.waiting.line(swap.target).count:
+        swap.target = following.model
+    swap.enter(Phase.IN, world.now)
+    world.starts += 1
+    instance = world.add_instance(world.models[swap.target], f"{swap.target}.{world.generation}.{world.starts}")
+    swap.instance = instance.id
+    world.transition(instance, InstanceState.STARTING, f"swap from {swap.source}" if swap.source else "wanted")
+    _emit_bring_in(world, instance, adopted=False)
+    world.progress_at = world.now
+
+
+def _emit_bring_in(world: World, instance: Instance, *, adopted: bool) -> None:
+    world.emit(
+        effects.BringIn(instance=instance.id, model=instance.model, definition=instance.definition, adopted=adopted)
+    )
+
+
+def _refuse_device(world: World, device: DeviceRecord, code: Code, message: str) -> None:
+    for name in list(world.waiting.models()):
+        model = world.models.get(name)
+        instance = world.instance_of(name)
+        if model is not None and model.device == device.name and not (instance is not None and instance.resident):
+            waiting.refuse_model(world, name, code, message)
+
+
+def _soil(device: DeviceRecord, instance: Instance) -> None:
+    if not device.private:
+        device.dirty = min(device.dirty + instance.demand, device.facts.capacity)
+
+
+def _end(world: World, device: DeviceRecord, outcome: SwapOutcome, message: str = "") -> None:
+    swap = device.swap
+    if swap is not None:
+        device.swap = None
+        world.emit(effects.SwapEnded(record=swap.record(world.now, outcome, message)))
+        world.progress_at = world.now
