@@ -77,7 +77,7 @@ class Model(Strict):
     """Environment variables for the engine, on top of the orchestrator's own."""
     cwd: Location | None = None
     """The engine's working directory."""
-    ready: str = Field("/health", pattern="^/")
+    ready: Annotated[str, Field(pattern="^/")] = "/health"
     """`custom` only: the path that answers 200 when the engine is ready."""
     aliases: list[str] = []
     """Other names that requests may use."""

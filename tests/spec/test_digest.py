@@ -1,0 +1,76 @@
+"""When a reload must start an engine anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from modelswap.spec.config import Model
+from modelswap.spec.digest import definition
+
+BASE = Model(engine="vllm", model="m", args=["--a"], env={"A": "1"}, aliases=["x"], api_key=SecretStr("k"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"engine": "llamacpp"},
+        {"model": "n"},
+        {"args": ["--b"]},
+        {"args": []},
+        {"program": ["vllm", "serve"]},
+        {"env": {"A": "2"}},
+        {"cwd": Path("/srv")},
+        {"aliases": ["y"]},
+        {"aliases": []},
+        {"api_key": SecretStr("other")},
+        {"api_key": None},
+        {"device": "none"},
+    ],
+    ids=str,
+)
+def test_what_changes_the_engine_changes_the_digest(change: dict[str, Any]) -> None:
+    """Everything an engine is started from counts, secrets included."""
+    assert definition("a", BASE.model_copy(update=change)) != definition("a", BASE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"priority": 5},
+        {"health_interval": 3.0},
+        {"stop_grace": 3.0},
+        {"start_timeout": 3.0},
+        {"concurrency": 3},
+        {"canary": "none"},
+        {"memory": 5},
+        {"adapters": ["lora"]},
+    ],
+    ids=str,
+)
+def test_what_only_we_read_does_not(change: dict[str, Any]) -> None:
+    """A running engine goes on when only our own handling of it changes."""
+    assert definition("a", BASE.model_copy(update=change)) == definition("a", BASE)
+
+
+def test_names_count_for_engines_that_are_told_them() -> None:
+    """A custom server knows neither our name nor its aliases; the others are started with them."""
+    assert definition("b", BASE) != definition("a", BASE)
+    custom = Model(engine="custom", command=["x"], aliases=["y"])
+    assert definition("a", custom) == definition("b", custom.model_copy(update={"aliases": []}))
+
+
+def test_the_embedded_server_is_told_its_concurrency() -> None:
+    """A change of concurrency reaches the embedded server only through a new start."""
+    embedded = Model(engine="openvino", model="m")
+    assert definition("a", embedded) != definition("a", embedded.model_copy(update={"concurrency": 2}))
+
+
+def test_a_digest_is_short_stable_and_hides_the_key() -> None:
+    """It is the same in every process, fits a label, and shows nothing of what went in."""
+    assert definition("a", BASE) == definition("a", BASE.model_copy())
+    assert len(definition("a", BASE)) == 16
+    int(definition("a", BASE), 16)
