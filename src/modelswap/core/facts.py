@@ -35,8 +35,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The scheduling rules' parameters; meanings in `modelswap.spec.config.Scheduling`.
 
     ``min_residency`` None means ``residency_factor`` times the measured swap time of the resident model.
-    A model that dies within ``crash_window`` of coming in, ``crashes_forgiven`` times in a row and then once more, backs off
-    as if its start had failed.
+    A model that dies within ``crash_window`` of coming in, ``crashes_forgiven`` times in a row and then once more,
+    backs off as if its start had failed.
     """
 
     max_wait: float = 160.0
