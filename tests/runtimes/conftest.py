@@ -70,7 +70,7 @@ class Host:
 
 @pytest.fixture(params=["procfs", "psutil"])
 async def host(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Host]:
-    """A host for each way of looking at processes; nothing is left over when the test is done."""
+    """Give a host for each way of looking at processes; nothing is left over when the test is done."""
 
     def renew() -> ProcessRuntime:
         table: ProcessTable | None = PsutilTable() if request.param == "psutil" else None

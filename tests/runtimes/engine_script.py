@@ -9,12 +9,22 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 
 def say(*words: object) -> None:
     """Log a line."""
     sys.stdout.write(" ".join(str(word) for word in words) + "\n")
     sys.stdout.flush()
+
+
+def is_open(number: int) -> bool:
+    """Return whether we have this descriptor."""
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
 def idle() -> None:
@@ -75,15 +85,15 @@ def main(behaviour: str, argument: str) -> None:
             idle()
         case "chatter":
             for number in range(int(argument)):
-                say("line", number)
+                say("line", number, "." * 100)
                 time.sleep(0.0001)
             say("ready")
             idle()
         case "facts":
             say("session", os.getpid() == os.getsid(0) == os.getpgrp())
-            say("descriptors", sorted(int(name) for name in os.listdir("/proc/self/fd"))[:-1])
-            say("stdin", os.readlink("/proc/self/fd/0"))
-            say("folder", os.getcwd())
+            say("descriptors", [number for number in range(64) if is_open(number)])
+            say("stdin", Path("/proc/self/fd/0").readlink())
+            say("folder", Path.cwd())
             for name in ("GREETING", "MODELSWAP_TOKEN", "MODELSWAP_INSTANCE", "MODELSWAP_ADDRESS"):
                 say(name, os.environ.get(name))
             say("sighup", signal.getsignal(signal.SIGHUP) is signal.SIG_DFL)

@@ -125,9 +125,9 @@ class ProcessRuntime:
         for instance, pid in list(self._children.items()):
             if not self._lives(pid):  # and nobody waited for it
                 self._collect(instance)
-        found = [running for running, _ in self._found().values() if running is not None]
-        self._records.keep_only({running.instance for running in found} | set(self._children))
-        return found
+        found = self._found()
+        self._records.keep_only(found.keys() | self._children.keys())
+        return [running for running, _ in found.values() if running is not None]
 
     async def sweep(self, keep: set[str]) -> list[str]:
         """Kill everything that carries our ids but is not of an instance in ``keep``; returns what that was.
@@ -229,7 +229,8 @@ class ProcessRuntime:
                 collected, status = os.waitpid(pid, os.WNOHANG)
                 code = os.waitstatus_to_exitcode(status) if collected == pid else None
             del self._children[instance]
-        self._records.forget(instance)
+        if cleared:
+            self._records.forget(instance)
         found = self._exits[instance] = Exit(code, killed=instance in self._killed)
         self._killed.discard(instance)
         if len(self._exits) > _REMEMBERED_EXITS:

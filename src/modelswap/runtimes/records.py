@@ -17,7 +17,7 @@ from modelswap.runtimes.logfiles import safe_name
 
 
 class Records:
-    """One small file per living instance."""
+    """One small file per instance of which something lives."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

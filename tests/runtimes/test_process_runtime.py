@@ -1,0 +1,326 @@
+"""What the process runtime promises beyond the contract of `Runtime`."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from signal import Signals
+from typing import TYPE_CHECKING
+
+import msgspec
+import psutil
+import pytest
+import uvloop
+
+from modelswap.engines.base import Address, Launch
+from modelswap.runtimes import procfs
+from modelswap.runtimes.base import Exit, Running, StartFailed, StartOrder, Unkillable
+from modelswap.runtimes.process import ProcessRuntime
+from modelswap.runtimes.procfs import PidfdHandle, ProcfsTable
+
+if TYPE_CHECKING:
+    from tests.runtimes.conftest import Host
+
+GRACE = 20.0
+HERE = Path(__file__).parent
+SOMEWHERE = Address("127.0.0.1", 1)
+
+
+def _order(launch: Launch) -> StartOrder:
+    return StartOrder(instance="one", model="some/model", definition="digest", launch=launch, address=SOMEWHERE)
+
+
+@pytest.fixture
+def stranger() -> Iterator[subprocess.Popen[bytes]]:
+    """Give a process that is none of ours, leading a session of its own."""
+    script = "import time, sys; print(flush=True); time.sleep(1000)"
+    argv = [sys.executable, "-S", "-E", "-c", script]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        yield process
+        process.kill()
+
+
+async def test_an_engine_is_on_its_own(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An engine leads its session, has three descriptors, our environment and its own, its folder, and no secret."""
+    monkeypatch.setenv("MODELSWAP_TOKEN", "secret")
+    with (tmp_path / "inheritable").open("w") as file:
+        os.set_inheritable(file.fileno(), True)
+        launch = msgspec.structs.replace(host.launch("facts", env={"GREETING": "hello"}), cwd=str(tmp_path))
+        order = host.order(launch, await host.runtime.allocate())
+        running = await host.runtime.start(order)
+    await host.says(running, "ready")
+    lines = await host.runtime.log_tail(running.model, 100)
+    assert lines == [
+        "session True",
+        "descriptors [0, 1, 2]",
+        "stdin /dev/null",
+        f"folder {tmp_path}",
+        "GREETING hello",
+        "MODELSWAP_TOKEN None",
+        f"MODELSWAP_INSTANCE {order.instance}",
+        f"MODELSWAP_ADDRESS {order.address.host}:{order.address.port}",
+        "sighup True",
+        "ready",
+    ]
+
+
+@pytest.mark.parametrize("behaviour", ["obey", "child-stays"])
+async def test_an_engine_survives_its_starter(host: Host, behaviour: str) -> None:
+    """An engine whose starter was killed right after the start lives on, is found, waited for and stopped."""
+    starter = await asyncio.create_subprocess_exec(
+        sys.executable, HERE / "starter.py", host.state_dir, "abandoned", HERE / "engine_script.py", behaviour
+    )
+    assert await starter.wait() == -9
+    [found] = await host.runtime.instances()
+    assert (found.instance, found.model, found.definition) == ("abandoned", "some/model", "digest")
+    await host.says(found, "ready")
+    waiting = asyncio.create_task(host.runtime.wait(found))
+    await asyncio.sleep(0)
+    assert await host.runtime.stop(found, GRACE) == Exit(None)
+    assert await waiting == Exit(None)
+    assert await host.process_runtime.sweep(set()) == []
+
+
+async def test_a_reused_pid_is_not_touched(host: Host, stranger: subprocess.Popen[bytes]) -> None:
+    """A process that has an instance's PID but another birth counts as ended, and is never signalled."""
+    born = psutil.Process(stranger.pid).create_time()
+    gone = Running(instance="gone", model="m", definition="d", address=SOMEWHERE, pid=stranger.pid, born=born - 1000)
+    assert await host.runtime.wait(gone) == Exit(None)
+    again = msgspec.structs.replace(gone, instance="gone-too")
+    assert await host.runtime.stop(again, 0) == Exit(None)
+    assert not await host.runtime.listening(gone)
+    assert stranger.poll() is None
+
+
+async def test_strangers_are_not_swept(host: Host, stranger: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    """Neither a process without our ids nor an instance of another state directory is listed or swept."""
+    other = ProcessRuntime(tmp_path / "other", 1024)
+    order = host.order(host.launch("obey"), SOMEWHERE)
+    running = await other.start(order)
+    try:
+        assert await host.runtime.instances() == []
+        assert await host.process_runtime.sweep(set()) == []
+        assert await other.instances() == [running]
+        assert stranger.poll() is None
+    finally:
+        await other.stop(running, 0)
+
+
+async def test_sweep_kills_all_but_what_is_kept(host: Host) -> None:
+    """Sweeping spares the instances it is told to keep, kills the others, and says what they were."""
+    kept = await host.start("obey")
+    stray = await host.start("child-stays")
+    await host.says(stray, "ready")
+    swept = await host.process_runtime.sweep({kept.instance})
+    assert len(swept) == 2
+    assert all(stray.instance in line for line in swept)
+    assert await host.runtime.instances() == [kept]
+    assert await host.runtime.wait(stray) == Exit(-9, killed=True)
+
+
+async def test_an_orphan_is_no_instance_but_is_stopped(host: Host) -> None:
+    """A child that outlives its engine is not taken for the engine; stopping that ends the child, too."""
+    running = await host.start("orphan")
+    await host.says(running, "ready")
+    assert await host.runtime.wait(running) == Exit(0)
+    fresh = host.renew()
+    assert await fresh.instances() == []
+    [child] = await host.says(running, "child")
+    assert psutil.pid_exists(int(child))
+    assert await host.runtime.stop(running, GRACE) == Exit(0)
+    assert await fresh.sweep(set()) == []
+
+
+async def test_an_orphan_is_swept(host: Host) -> None:
+    """A child that outlives its engine is a stray for whoever comes next."""
+    running = await host.start("orphan")
+    await host.says(running, "ready")
+    await host.runtime.wait(running)
+    [swept] = await host.renew().sweep(set())
+    assert running.instance in swept
+
+
+async def test_without_a_record_the_oldest_process_is_the_instance(host: Host) -> None:
+    """If we died before the start was written down, the engine is still told from its child."""
+    running = await host.start("child-stays")
+    await host.says(running, "ready")
+    for record in (host.state_dir / "run").iterdir():
+        record.unlink()
+    assert await host.renew().instances() == [running]
+
+
+async def test_instances_nobody_waited_for_are_collected(host: Host) -> None:
+    """An engine that ended unobserved leaves no zombie once instances were listed."""
+    running = await host.start("exit", 3)
+    await asyncio.to_thread(os.waitid, os.P_PID, running.pid, os.WEXITED | os.WNOWAIT)
+    assert await host.runtime.instances() == []
+    assert not psutil.pid_exists(running.pid)
+    assert await host.runtime.wait(running) == Exit(3)
+
+
+async def test_it_lives_beside_asyncios_children(host: Host) -> None:
+    """Neither side collects the other's children."""
+    theirs = await asyncio.create_subprocess_exec(sys.executable, "-S", "-c", "raise SystemExit(5)")
+    ours = await host.start("exit", 6)
+    assert (await theirs.wait(), await host.runtime.wait(ours)) == (5, Exit(6))
+
+
+def test_it_works_on_uvloop(tmp_path: Path) -> None:
+    """Waiting, stopping and collecting work on uvloop as well, beside its own children."""
+
+    async def scenario() -> tuple[int, Exit, Exit]:
+        runtime = ProcessRuntime(tmp_path, 1024)
+        script = HERE / "engine_script.py"
+        launch = Launch((sys.executable, "-S", "-E", str(script), "obey"), {})
+        theirs = await asyncio.create_subprocess_exec(sys.executable, "-S", "-c", "raise SystemExit(5)")
+        running = await runtime.start(_order(launch))
+        waiting = asyncio.create_task(runtime.wait(running))
+        stopped = await runtime.stop(running, GRACE)
+        return await theirs.wait(), stopped, await waiting
+
+    assert uvloop.run(scenario()) == (5, Exit(-15), Exit(-15))
+
+
+async def test_without_pidfds_processes_are_polled(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel refuses pidfds, everything works by polling."""
+
+    def refuse(pid: int, flags: int = 0) -> int:
+        raise OSError(errno.ENOSYS, "not here")
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    running = await host.start("child-stays")
+    await host.says(running, "ready")
+    assert await host.runtime.stop(running, GRACE) == Exit(-15)
+
+
+async def test_what_survives_sigkill_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that SIGKILL doesn't end within the time limit raises `Unkillable` with its name and PID."""
+    runtime = ProcessRuntime(tmp_path, 1024, kill_timeout=0.1)
+    launch = Launch((sys.executable, "-S", "-E", str(HERE / "engine_script.py"), "obey"), {})
+    running = await runtime.start(_order(launch))
+
+    def swallow(handle: PidfdHandle, number: Signals) -> None:
+        pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PidfdHandle, "signal", swallow)
+        with pytest.raises(Unkillable, match=rf"python.*\(pid {running.pid}\).* survived SIGKILL"):
+            await runtime.stop(running, 0)
+        with pytest.raises(Unkillable):
+            await runtime.sweep(set())
+    assert await runtime.stop(running, 0) == Exit(-9, killed=True)
+
+
+async def test_births_outlast_a_change_of_the_clock(tmp_path: Path) -> None:
+    """A process is the same one for a runtime that started after the machine's clock was set."""
+    runtime = ProcessRuntime(tmp_path, 1024)
+    known = procfs.boot(tmp_path)
+    # The kernel would now say another boot time than the one written down.
+    shifted = msgspec.structs.replace(known, seconds=known.seconds - 5000)
+    (tmp_path / "boot.json").write_bytes(msgspec.json.encode(shifted))
+    early = ProcessRuntime(tmp_path, 1024)
+    running = await early.start(_order(Launch((sys.executable, "-S", "-c", "import time; time.sleep(1000)"), {})))
+    assert await ProcessRuntime(tmp_path, 1024).instances() == [running]
+    assert await runtime.wait(running) == Exit(None)
+    assert await early.stop(running, 0) == Exit(-9, killed=True)
+
+
+def test_another_boot_is_noticed(tmp_path: Path) -> None:
+    """What was written down in an earlier boot, or is garbage, is replaced."""
+    known = procfs.boot(tmp_path)
+    for stale in (msgspec.json.encode(msgspec.structs.replace(known, id="earlier", seconds=1)), b"garbage"):
+        (tmp_path / "boot.json").write_bytes(stale)
+        assert abs(procfs.boot(tmp_path).seconds - known.seconds) <= 1
+        assert procfs.boot(tmp_path) == procfs.boot(tmp_path)
+
+
+def test_a_table_looks_past_processes_that_are_gone(tmp_path: Path) -> None:
+    """Asking for a process that doesn't exist returns nothing and raises nothing."""
+    table = ProcfsTable(tmp_path)
+    with subprocess.Popen([sys.executable, "-S", "-c", ""]) as process:
+        pass
+    assert table.open(process.pid) is None
+    assert table.born(process.pid) is None
+    assert table.environ(process.pid) == {}
+    assert str(process.pid) in table.describe(process.pid)
+
+
+@pytest.mark.parametrize(
+    ("argv", "cwd", "words"),
+    [
+        (("no-such-program",), None, "no program 'no-such-program' on the engine's PATH .* install it"),
+        (("./no-such-program",), None, "no program ./no-such-program; install it"),
+        (("plain",), "", "may not be run by this user"),
+        (("./plain",), "", "may not be run by this user"),
+        (("./homeless",), "", "interpreter in its first line"),
+        (("./shapeless",), "", "another architecture, or a script without #!"),
+        ((sys.executable,), "missing", "working folder .*missing is not there"),
+        ((), None, "command is empty"),
+        ((sys.executable, "x" * 3_000_000), None, "too long"),
+        ((sys.executable, "nul\0"), None, "can't be started: embedded null byte"),
+    ],
+)
+async def test_failed_starts_name_their_remedy(
+    tmp_path: Path, argv: tuple[str, ...], cwd: str | None, words: str
+) -> None:
+    """Every way in which a program can't be started says what to do, and leaves nothing behind."""
+    for name, mode, text in (
+        ("plain", 0o600, "x"),
+        ("homeless", 0o700, "#!/no/such/interpreter\n"),
+        ("shapeless", 0o700, "no program\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(mode)
+    runtime = ProcessRuntime(tmp_path / "state", 1024)
+    launch = Launch(argv, {"PATH": str(tmp_path)}, cwd=None if cwd is None else str(tmp_path / cwd))
+    with pytest.raises(StartFailed, match=words):
+        await runtime.start(_order(launch))
+    assert await runtime.instances() == []
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "no space left for the engine's log .*; free some"),
+        (errno.EACCES, "may not be written; check the permissions"),
+        (errno.EMFILE, "raise ulimit -n"),
+        (errno.EIO, "can't be opened"),
+    ],
+)
+async def test_a_log_that_cant_be_opened_fails_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    """An engine is not started without its log, and the message says what to do about that."""
+    runtime = ProcessRuntime(tmp_path, 1024)
+
+    def refuse(path: object, flags: int, mode: int = 0o777) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(StartFailed, match=words):
+            await runtime.start(_order(Launch((sys.executable,), {})))
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.EAGAIN, "ulimit -u"), (errno.ENOMEM, "free memory"), (errno.ENFILE, "ulimit -n")]
+)
+async def test_a_system_without_room_fails_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    """Limits of the system are named with the command that shows them."""
+    runtime = ProcessRuntime(tmp_path, 1024)
+
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with pytest.raises(StartFailed, match=words):
+        await runtime.start(_order(Launch((sys.executable,), {})))
