@@ -112,6 +112,7 @@ def test_any_yaml(value: Any) -> None:
         optional={name: st.dictionaries(WORDS, SCALARS) for name in Config.model_fields if name != "models"},
     )
 )
+@example({"models": {"a": {"engine": []}}, "gateway": {"port": {}, "host": []}})
 def test_any_nearly_right_config(value: Any) -> None:
     """Files that are nearly right, with any value in any key, don't either."""
     survives(yaml.safe_dump(value))

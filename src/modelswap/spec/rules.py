@@ -47,7 +47,7 @@ def _by_engine(tree: Tree, path: Path, model: dict[str, Any]) -> None:
             tree.add(path, "engine 'custom' needs a 'command'", hint, at_key=True)
         if "program" in model:
             tree.add((*path, "program"), "not for engine 'custom'", "its 'command' says all", at_key=True)
-    elif engine in _NEEDS_MODEL:
+    elif isinstance(engine, str) and engine in _NEEDS_MODEL:
         if model.get("model") in (None, "") and (*path, "model") not in tree.unreadable:
             why = "" if "engine" in model else " (the engine when none is given)"
             tree.add(path, f"engine '{engine}'{why} needs a 'model'", f"say model: {_NEEDS_MODEL[engine]}", at_key=True)
