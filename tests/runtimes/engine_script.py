@@ -94,7 +94,7 @@ def main(behaviour: str, argument: str) -> None:
             say("descriptors", [number for number in range(64) if is_open(number)])
             say("stdin", Path("/proc/self/fd/0").readlink())
             say("folder", Path.cwd())
-            for name in ("GREETING", "MODELSWAP_TOKEN", "MODELSWAP_INSTANCE", "MODELSWAP_ADDRESS"):
+            for name in ("GREETING", "MODELSWAP_TOKEN", "MODELSWAP_INSTANCE", "MODELSWAP_ADDRESS", "SPT_NOENV"):
                 say(name, os.environ.get(name))
             say("sighup", signal.getsignal(signal.SIGHUP) is signal.SIG_DFL)
             say("ready")

@@ -20,6 +20,7 @@ import uvloop
 from modelswap.engines.base import Address, Launch
 from modelswap.runtimes import procfs
 from modelswap.runtimes.base import Exit, Running, StartFailed, StartOrder, Unkillable
+from modelswap.runtimes.portable import PsutilTable
 from modelswap.runtimes.process import ProcessRuntime
 from modelswap.runtimes.procfs import PidfdHandle, ProcfsTable
 
@@ -33,6 +34,10 @@ SOMEWHERE = Address("127.0.0.1", 1)
 
 def _order(launch: Launch) -> StartOrder:
     return StartOrder(instance="one", model="some/model", definition="digest", launch=launch, address=SOMEWHERE)
+
+
+def _nothing(table: object, pid: int) -> None:
+    pass
 
 
 @pytest.fixture
@@ -66,6 +71,7 @@ async def test_an_engine_is_on_its_own(host: Host, monkeypatch: pytest.MonkeyPat
         "MODELSWAP_TOKEN None",
         f"MODELSWAP_INSTANCE {order.instance}",
         f"MODELSWAP_ADDRESS {order.address.host}:{order.address.port}",
+        "SPT_NOENV 1",
         "sighup True",
         "ready",
     ]
@@ -154,6 +160,26 @@ async def test_without_a_record_the_oldest_process_is_the_instance(host: Host) -
     for record in (host.state_dir / "run").iterdir():
         record.unlink()
     assert await host.renew().instances() == [running]
+
+
+@pytest.mark.parametrize("end", ["stop", "sweep"])
+async def test_an_engine_that_hides_its_environment_is_known_by_its_record(
+    host: Host, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """An engine that writes over what others see of its environment is still found and ended."""
+    running = await host.start("child-stays")
+    await host.says(running, "ready")
+    monkeypatch.setattr(ProcfsTable, "environ", _nothing)
+    monkeypatch.setattr(PsutilTable, "environ", _nothing)
+    assert await host.renew().instances() == [running]
+    if end == "stop":
+        await host.runtime.stop(running, 0)
+    else:
+        assert len(await host.process_runtime.sweep(set())) == 1
+    assert await host.runtime.wait(running) == Exit(-9, killed=True)
+    monkeypatch.undo()
+    # The child in a session of its own can't be told from a stranger until its environment can be read.
+    assert len(await host.process_runtime.sweep(set())) == 1
 
 
 async def test_instances_nobody_waited_for_are_collected(host: Host) -> None:
@@ -248,7 +274,7 @@ def test_a_table_looks_past_processes_that_are_gone(tmp_path: Path) -> None:
         pass
     assert table.open(process.pid) is None
     assert table.born(process.pid) is None
-    assert table.environ(process.pid) == {}
+    assert table.environ(process.pid) is None
     assert str(process.pid) in table.describe(process.pid)
 
 

@@ -65,12 +65,14 @@ class PsutilTable:
         except psutil.Error:
             return None
 
-    def environ(self, pid: int) -> dict[str, str]:
+    def environ(self, pid: int) -> dict[str, str] | None:
         """See `ProcessTable`."""
         try:
             environ = psutil.Process(pid).environ()
         except (psutil.Error, OSError):  # gone, or not ours to look at
-            return {}
+            return None
+        if not environ:
+            return None
         return {name: value for name, value in environ.items() if name.startswith(PREFIX)}
 
     def describe(self, pid: int) -> str:

@@ -12,6 +12,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -81,7 +82,8 @@ class ProcessRuntime:
         # It is there even if it has ended already: only we collect it.
         running = ids.running(pid, self._table.born(pid) or 0.0)
         self._records.write(running)
-        self._logs.prune(order.model, self._children)
+        with contextlib.suppress(OSError):  # an old log that stays harms nobody, a start that raised now would
+            self._logs.prune(order.model, self._children)
         return running
 
     async def wait(self, running: Running) -> Exit:
@@ -127,21 +129,23 @@ class ProcessRuntime:
                 self._collect(instance)
         found = self._found()
         self._records.keep_only(found.keys() | self._children.keys())
-        return [running for running, _ in found.values() if running is not None]
+        return [one.main for one in found.values() if one.main is not None]
 
     async def sweep(self, keep: set[str]) -> list[str]:
         """Kill everything that carries our ids but is not of an instance in ``keep``; returns what that was.
 
         Raises `Unkillable` after having killed what could be.
         """
-        strays = {instance: pids for instance, (_, pids) in self._found().items() if instance not in keep}
+        strays = {instance: one for instance, one in self._found().items() if instance not in keep}
         swept = [
-            f"{self._table.describe(pid)} of instance {instance}" for instance, pids in strays.items() for pid in pids
+            f"{self._table.describe(pid)} of instance {instance}"
+            for instance, one in strays.items()
+            for pid in sorted(one.pids)
         ]
         stuck: list[str] = []
-        for instance in strays:
+        for instance, one in strays.items():
             self._killed.add(instance)
-            left = await self._kill_all(instance, session=None)
+            left = await self._kill_all(instance, session=one.main.pid if one.main is not None else None)
             stuck += left
             if not left:
                 self._collect(instance, cleared=True)
@@ -211,12 +215,15 @@ class ProcessRuntime:
                         for handle in handles:
                             await handle.wait()
                 except TimeoutError:
-                    return [self._table.describe(handle.pid) for handle in handles if not handle.ended()]
+                    if stuck := [self._table.describe(handle.pid) for handle in handles if not handle.ended()]:
+                        return stuck
         self._leftovers.pop(instance, None)
         return []
 
     def _collect(self, instance: str, *, cleared: bool = False) -> Exit:
         """Return how an instance ended; its main process has, and if ``cleared``, all others have too."""
+        if cleared:
+            self._records.forget(instance)
         if (known := self._exits.get(instance)) is not None:
             return known
         code: int | None = None
@@ -229,8 +236,6 @@ class ProcessRuntime:
                 collected, status = os.waitpid(pid, os.WNOHANG)
                 code = os.waitstatus_to_exitcode(status) if collected == pid else None
             del self._children[instance]
-        if cleared:
-            self._records.forget(instance)
         found = self._exits[instance] = Exit(code, killed=instance in self._killed)
         self._killed.discard(instance)
         if len(self._exits) > _REMEMBERED_EXITS:
@@ -239,35 +244,43 @@ class ProcessRuntime:
             self._leftovers.pop(forgotten, None)
         return found
 
-    def _found(self) -> dict[str, tuple[Running | None, list[int]]]:
-        """Return by instance what lives and carries our ids: its main process, if that lives, and all PIDs."""
-        ids_of: dict[str, Ids] = {}
-        pids_of: dict[str, list[int]] = {}
-        leaders_of: dict[str, list[tuple[float, int]]] = {}
+    def _found(self) -> dict[str, _Found]:
+        """Return by instance what lives and is ours, by the ids it carries or by the record of its start."""
+        found: dict[str, _Found] = {}
+        leaders: dict[str, list[Running]] = {}
         for ids, session, pids in processes.carriers(self._table, self._state):
             living = [pid for pid in pids if self._lives(pid)]
-            if not living:
-                continue
-            ids_of[ids.instance] = ids
-            pids_of.setdefault(ids.instance, []).extend(living)
+            if living:
+                found.setdefault(ids.instance, _Found()).pids.update(living)
             if session in living and (born := self._table.born(session)) is not None:
-                leaders_of.setdefault(ids.instance, []).append((born, session))
-        found: dict[str, tuple[Running | None, list[int]]] = {}
-        for instance, ids in ids_of.items():
-            leaders = sorted(leaders_of.get(instance, []))
-            recorded = self._records.pid(instance)
-            if recorded is not None:
-                leaders = [leader for leader in leaders if leader[1] == recorded]
-            main = ids.running(leaders[0][1], leaders[0][0]) if leaders else None
-            found[instance] = (main, pids_of[instance])
+                leaders.setdefault(ids.instance, []).append(ids.running(session, born))
+        recorded = {record.instance: record for record in self._records.all()}
+        for instance, record in recorded.items():
+            if self._lives(record.pid, record.born):
+                one = found.setdefault(instance, _Found())
+                one.main = record
+                one.pids.add(record.pid)
+        for instance, candidates in leaders.items():
+            known = recorded.get(instance)
+            mains = [one for one in candidates if known is None or one.pid == known.pid]
+            if mains:
+                found[instance].main = min(mains, key=lambda main: main.born)
         return found
 
-    def _lives(self, pid: int) -> bool:
-        handle = self._table.open(pid)
+    def _lives(self, pid: int, born: float | None = None) -> bool:
+        handle = self._table.open(pid, born)
         if handle is None:
             return False
         with contextlib.closing(handle):
             return not handle.ended()
+
+
+@dataclass(slots=True)
+class _Found:
+    """What lives of an instance: its main process, unless that has died, and all PIDs that could be told."""
+
+    main: Running | None = None
+    pids: set[int] = field(default_factory=set)
 
 
 def _survived(names: list[str]) -> str:

@@ -53,8 +53,8 @@ class ProcessTable(Protocol):
         """Return a process's creation time in Unix seconds (the same at every look); None if there is none."""
         ...
 
-    def environ(self, pid: int) -> Mapping[str, str]:
-        """Return the ``MODELSWAP_`` variables it was started with; empty where they can't be read."""
+    def environ(self, pid: int) -> Mapping[str, str] | None:
+        """Return the ``MODELSWAP_`` variables it was started with; None where there is no environment to read."""
         ...
 
     def describe(self, pid: int) -> str:
@@ -139,13 +139,10 @@ def carried(table: ProcessTable, session: int, pids: list[int]) -> Ids | None:
     A process can only be born into a session or make its own, so one member with readable ids speaks for all, and
     the leader speaks first: reading one environment per session is what makes looking at a whole system cheap.
     """
-    if session in pids and (handle := table.open(session)) is not None:
-        alive = not handle.ended()
-        handle.close()
-        if alive:
-            return Ids.of_environ(table.environ(session))
+    if session in pids and (environ := table.environ(session)) is not None:
+        return Ids.of_environ(environ)
     for pid in pids:
-        if pid != session and (ids := Ids.of_environ(table.environ(pid))) is not None:
+        if pid != session and (ids := Ids.of_environ(table.environ(pid) or {})) is not None:
             return ids
     return None
 

@@ -189,9 +189,11 @@ class ProcfsTable:
         found = stat(pid)
         return None if found is None else self._boot.born(found.ticks)
 
-    def environ(self, pid: int) -> dict[str, str]:
-        """See `ProcessTable`."""
+    def environ(self, pid: int) -> dict[str, str] | None:
+        """See `ProcessTable`. There is none of a zombie, a stranger's process, or one that has written over it."""
         raw = _read(f"/proc/{pid}/environ")
+        if not raw.strip(b"\0"):
+            return None
         prefix = PREFIX.encode()
         if prefix not in raw:
             return {}

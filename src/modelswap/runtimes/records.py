@@ -1,7 +1,7 @@
 """Which process is an instance's main one, written down at its start.
 
 A child that made a session of its own looks just like a main process once its parent has died: same ids, no parent of
-ours. The record tells them apart.
+ours. And a program may write over the environment that others see, our ids included. The record tells in both cases.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ class Records:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._path(running.instance).write_bytes(msgspec.json.encode(running))
 
-    def pid(self, instance: str) -> int | None:
-        """Return the PID of an instance's main process; None if that isn't known."""
-        try:
-            return msgspec.json.decode(self._path(instance).read_bytes(), type=Running).pid
-        except (OSError, msgspec.DecodeError):
-            return None
+    def all(self) -> list[Running]:
+        """Return all that can be read."""
+        found = []
+        for path in self._folder.glob("*.json"):
+            with contextlib.suppress(OSError, msgspec.DecodeError):
+                found.append(msgspec.json.decode(path.read_bytes(), type=Running))
+        return found
 
     def forget(self, instance: str) -> None:
         """Delete one."""
