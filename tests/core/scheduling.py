@@ -1,0 +1,208 @@
+"""Drives a scheduler by hand in tests: short words for events, filters for effects."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from modelswap.core import effects, events
+from modelswap.core.facts import DeviceFacts, ModelFacts, Settings
+from modelswap.core.scheduler import Scheduler
+from modelswap.protocol.errors import Code
+from modelswap.protocol.messages import (
+    Admitted,
+    CatalogModel,
+    Contended,
+    Drained,
+    Epoch,
+    GatewayMessage,
+    Heartbeat,
+    HeldLease,
+    Hello,
+    Open,
+    OrchestratorMessage,
+    Usage,
+    Want,
+)
+
+M = TypeVar("M", bound=OrchestratorMessage)
+F = TypeVar("F", bound=effects.Effect)
+
+
+def model(
+    name: str, *, device: str | None = "gpu0", slots: int = 4, definition: str = "v1", priority: int = 0
+) -> ModelFacts:
+    """A model's facts."""
+    return ModelFacts(
+        name=name,
+        definition=definition,
+        device=device,
+        slots=slots,
+        priority=priority,
+        listing=CatalogModel(name=name),
+    )
+
+
+class Bench:
+    """A scheduler with a clock; every event is followed by `Scheduler.check`."""
+
+    def __init__(self, *models: ModelFacts, begin: bool = True, **settings: float) -> None:
+        self.scheduler = Scheduler(generation=1)
+        self.now = 1000.0
+        self.out: list[effects.Effect] = []
+        self.history: list[effects.Effect] = []
+        self.running: dict[tuple[str, str], int] = {}
+        self.answering = True  # gateways report at once when they are told of contention
+        self.models = models or (model("a"), model("b"), model("c"))
+        self.settings = Settings(**settings)  # type: ignore[arg-type]
+        self.configure(*self.models)
+        if begin:
+            self.handle(events.Begin(at=self.now))
+            self.out.clear()
+
+    def configure(self, *models: ModelFacts) -> None:
+        """Load a config with these models."""
+        self.handle(
+            events.Configure(at=self.now, models=models, devices=(DeviceFacts("gpu0"),), settings=self.settings)
+        )
+
+    def handle(self, event: events.Event) -> list[effects.Effect]:
+        """Handle one event and keep its effects in ``out``, too."""
+        out = self.scheduler.handle(event)
+        self.scheduler.check()
+        self.out.extend(out)
+        self.history.extend(out)
+        if self.answering:
+            for effect in of(out, effects.Say):
+                if isinstance(effect.message, Contended) and effect.message.contended:
+                    name, gateway = effect.message.model, effect.gateway
+                    out = out + self.usage(name, self.running.get((gateway, name), 0), gateway)
+        return out
+
+    def after(self, seconds: float) -> list[effects.Effect]:
+        """Let time pass, ticking at every deadline and keeping gateways alive."""
+        end = self.now + seconds
+        out: list[effects.Effect] = []
+        while self.now < end:
+            at = self.scheduler.next_deadline()
+            self.now = min(end, self.now + 1.0, max(at, self.now) if at is not None else end)
+            for gateway in self.scheduler.snapshot(self.now).gateways:
+                out += self.say(Heartbeat(), gateway.gateway)
+            out += self.handle(events.Tick(at=self.now))
+        return out
+
+    # ── gateways ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def hello(self, gateway: str = "g", *held: HeldLease, tickets: tuple[Want, ...] = ()) -> list[effects.Effect]:
+        """A gateway connects."""
+        return self.say(Hello(gateway=gateway, leases=held, tickets=tickets), gateway)
+
+    def say(self, message: GatewayMessage, gateway: str = "g") -> list[effects.Effect]:
+        """A gateway says something."""
+        return self.handle(events.GatewaySaid(at=self.now, gateway=gateway, message=message))
+
+    def want(
+        self, name: str, ticket: int, gateway: str = "g", *, age: float = 0.0, priority: int = 0, size: int = 0
+    ) -> list[effects.Effect]:
+        """A request waits at a gateway."""
+        return self.say(
+            Want(ticket=ticket, model=name, age_ms=int(age * 1000), priority=priority, body_bytes=size), gateway
+        )
+
+    def admit(self, ticket: int, name: str, gateway: str = "g") -> list[effects.Effect]:
+        """A waiting request went to its instance."""
+        self.running[gateway, name] = self.running.get((gateway, name), 0) + 1
+        return self.say(Admitted(ticket=ticket, model=name, epoch=self.epoch(name, gateway)), gateway)
+
+    def usage(
+        self, name: str, in_flight: int, gateway: str = "g", *, idle: float = 0.0, served: int = 1
+    ) -> list[effects.Effect]:
+        """A gateway reports what runs."""
+        self.running[gateway, name] = in_flight
+        last = self.opened(name, gateway)
+        return self.say(
+            Usage(
+                model=name,
+                epoch=last.epoch,
+                revision=last.revision,
+                in_flight=in_flight,
+                served=served,
+                idle_ms=int(idle * 1000),
+            ),
+            gateway,
+        )
+
+    def drained(self, name: str, gateway: str = "g") -> list[effects.Effect]:
+        """A gateway says that nothing runs under the last lease any more."""
+        return self.say(Drained(model=name, epoch=self.epoch(name, gateway)), gateway)
+
+    # ── the shell ────────────────────────────────────────────────────────────────────────────────────────
+
+    def come_in(self, name: str, *, slots: int = 4, port: int = 9000) -> list[effects.Effect]:
+        """The engine that is being started is healthy."""
+        return self.handle(
+            events.BroughtIn(at=self.now, instance=self.instance(name), host="127.0.0.1", port=port, slots=slots)
+        )
+
+    def fail(self, name: str, *, permanent: bool = False, message: str = "it broke") -> list[effects.Effect]:
+        """The engine that is being started fails."""
+        code = Code.MODEL_BROKEN if permanent else Code.MODEL_START_FAILED
+        return self.handle(
+            events.BringInFailed(
+                at=self.now, instance=self.instance(name), code=code, message=message, permanent=permanent
+            )
+        )
+
+    def go_out(self, name: str) -> list[effects.Effect]:
+        """The engine that is being stopped has gone."""
+        return self.handle(events.PutOut(at=self.now, instance=self.instance(name)))
+
+    def released(self) -> list[effects.Effect]:
+        """The device's memory is free."""
+        return self.handle(events.Released(at=self.now, device="gpu0"))
+
+    def reside(self, name: str, ticket: int = 900, gateway: str = "g") -> None:
+        """Bring a model in for one request, which is served; the model is idle then."""
+        self.want(name, ticket, gateway)
+        if any(isinstance(e, effects.VerifyReleased) for e in self.out):
+            self.released()
+        self.come_in(name)
+        self.admit(ticket, name, gateway)
+        self.usage(name, 0, gateway)
+        self.out.clear()
+
+    # ── views ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def instance(self, name: str) -> str:
+        """The id of a model's instance."""
+        return next(i.instance for i in self.scheduler.snapshot(self.now).instances if i.model == name)
+
+    def state(self, name: str) -> str:
+        """The state of a model's instance."""
+        return next(m.state for m in self.scheduler.snapshot(self.now).models if m.name == name)
+
+    def opened(self, name: str, gateway: str = "g") -> Open:
+        """The last `Open` that a gateway got for a model."""
+        return [
+            e.message
+            for e in self.history
+            if isinstance(e, effects.Say)
+            and e.gateway == gateway
+            and isinstance(e.message, Open)
+            and e.message.model == name
+        ][-1]
+
+    def epoch(self, name: str, gateway: str = "g") -> Epoch:
+        """The epoch of the last lease that a gateway got for a model."""
+        return self.opened(name, gateway).epoch
+
+
+def said(out: list[effects.Effect], kind: type[M], gateway: str = "g") -> list[M]:
+    """The messages of one kind to one gateway among ``out``."""
+    return [
+        e.message for e in out if isinstance(e, effects.Say) and e.gateway == gateway and isinstance(e.message, kind)
+    ]
+
+
+def of(out: list[effects.Effect], kind: type[F]) -> list[F]:
+    """The effects of one kind among ``out``."""
+    return [e for e in out if isinstance(e, kind)]
