@@ -198,6 +198,14 @@ _CAUSES: Final = (
         ),
     ),
     cause(
+        r"Repo id must (?:be in the form|use) [^\n]*: '([^'\n]+)'",
+        "there is no folder {0}, and that is no Hugging Face id either; mend 'model'",
+    ),
+    cause(
+        r"User-specified max_model_len \((\d+)\) is greater than the derived max_model_len \(\w+=(\d+)",
+        "--max-model-len {0} in args is more than the {1} tokens that the model was made for; lower it",
+    ),
+    cause(
         r"LocalEntryNotFoundError|couldn't connect to 'https://huggingface\.co'|[Oo]ffline mode is enabled",
         "the model is not downloaded yet, and Hugging Face can't be reached; check the network, or download it first",
         permanent=False,
@@ -213,7 +221,7 @@ _CAUSES: Final = (
         "this installation's Transformers doesn't know the model type {0}; update transformers and vLLM",
     ),
     cause(
-        r"No module named '?vllm(?:\.[\w.]+)?'?(?:\s|$)",
+        r"No module named '?vllm\b",
         "the Python in 'program' has no vLLM; install it there, or name the right Python",
     ),
     cause(
