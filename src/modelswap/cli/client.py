@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import quote
@@ -54,25 +55,40 @@ class AdminClient:
         """Return ``GET /status``."""
         return _mapping(await self.get("/status"), f"{self.url}/status")
 
-    async def logs(self, model: str, lines: int) -> list[str]:
-        """Return the model's last log lines."""
-        path = f"/logs/{quote(model, safe='')}?lines={lines}"
-        text = await self._ask("GET", path, None, _QUICK, text=True)
-        return str(text).splitlines()
+    async def logs(self, model: str, lines: int, *, follow: bool = False) -> AsyncIterator[str]:
+        """Yield the model's last log lines; then, if ``follow``, those that come until the orchestrator ends."""
+        path = f"/logs/{quote(model, safe='')}?lines={lines}" + "&follow=1" * follow
+        limit = aiohttp.ClientTimeout(total=None if follow else _QUICK, sock_connect=_QUICK)
+        with self._told(_QUICK):
+            async with self._http.get(self.url + path, timeout=limit) as answer:
+                if answer.status >= 400:
+                    raise _refused(answer.status, await answer.text(), self.url)
+                rest = b""
+                async for chunk in answer.content.iter_any():
+                    *whole, rest = (rest + chunk).split(b"\n")
+                    for line in whole:
+                        yield line.decode(errors="replace")
+                if rest:
+                    yield rest.decode(errors="replace")
 
-    async def follow_logs(self, model: str, lines: int) -> AsyncIterator[str]:
-        """Yield the model's last ``lines`` log lines, then those that come, until cancelled."""
-        raise NotImplementedError
-        yield ""
-
-    async def _ask(
-        self, method: str, path: str, body: dict[str, Any] | None, timeout: float | None, *, text: bool = False
-    ) -> Any:
+    async def _ask(self, method: str, path: str, body: dict[str, Any] | None, timeout: float | None) -> Any:
         limit = aiohttp.ClientTimeout(total=timeout, sock_connect=_QUICK)
-        try:
+        with self._told(timeout):
             async with self._http.request(method, self.url + path, json=body, timeout=limit) as answer:
                 content = await answer.text()
                 status = answer.status
+        if status >= 400:
+            raise _refused(status, content, self.url)
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            raise _not_ours(self.url) from error
+
+    @contextlib.contextmanager
+    def _told(self, timeout: float | None) -> Iterator[None]:
+        """Turn what goes wrong on the way into a `Failure`."""
+        try:
+            yield
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
             raise Failure(
                 f"{self.url!r} is not a URL", "give one like --url http://127.0.0.1:8888", ExitCode.USAGE
@@ -80,19 +96,11 @@ class AdminClient:
         except TimeoutError as error:
             raise Failure(
                 f"the orchestrator at {self.url} did not answer within {timeout or _QUICK:g} s",
-                "it may be overloaded or hang: see its log, and `modelswap status`",
+                "it may be overloaded or hang: see its log",
                 ExitCode.UNREACHABLE,
             ) from error
         except (aiohttp.ClientError, OSError) as error:
             raise unreachable(self.url, error) from error
-        if status >= 400:
-            raise _refused(status, content, self.url)
-        if text:
-            return content
-        try:
-            return json.loads(content)
-        except ValueError as error:
-            raise _not_ours(self.url) from error
 
 
 def unreachable(url: str, error: Exception) -> Failure:
@@ -127,6 +135,8 @@ def _refused(status: int, content: str, url: str) -> Failure:
         return Failure(f"the orchestrator at {url} answered with status {status}", "see its log")
     if code in _NOT_READY:
         return Failure(message, code=ExitCode.NOT_READY)
+    if code == "orchestrator_away":
+        return Failure(message, "ask again in a moment", ExitCode.UNREACHABLE)
     if code == "model_not_found":
         return Failure(message, code=ExitCode.USAGE)
     return Failure(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import typer
 
 from modelswap.cli.failure import ExitCode, Failure
 
+_TRACEBACK = "MODELSWAP_TRACEBACK"
 _EXIT_CODES = (
     "[bold]Exit codes[/bold]  0 done · 1 failed · 2 wrong usage or config file · 3 the orchestrator can't be reached · "
     "4 the model could not be made ready · 130 interrupted"
@@ -17,7 +19,7 @@ _EXIT_CODES = (
 
 
 def _epilog(*examples: str) -> str:
-    return "\n\n".join(["[bold]Examples[/bold]", *(f"  {example}" for example in examples), "", _EXIT_CODES])
+    return "\n\n".join(["[bold]Examples[/bold]", "\n".join(f"  {example}" for example in examples), _EXIT_CODES])
 
 
 app = typer.Typer(
@@ -156,7 +158,7 @@ def swap(model: ModelName, config: ConfigFile = CONFIG_FILE, url: Url = None) ->
 
 @app.command(epilog=_epilog("modelswap unload", "modelswap unload mistral"), rich_help_panel="Act")
 def unload(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Default: the current model.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Default: every model.")] = None,
     config: ConfigFile = CONFIG_FILE,
     url: Url = None,
 ) -> None:
@@ -200,6 +202,12 @@ def run(argv: list[str] | None = None) -> Any:
     except Failure as failure:
         _tell(failure)
         sys.exit(failure.code)
+    except Exception as error:
+        # A bug of ours: one line for the user, and the traceback for who wants to report it. A service logs it always.
+        if _TRACEBACK in os.environ or not {"orchestrator", "gateway"}.isdisjoint((argv or sys.argv)[1:2]):
+            raise
+        _tell(Failure(f"{type(error).__name__}: {error}", f"this is a bug in modelswap; {_TRACEBACK}=1 shows where"))
+        sys.exit(ExitCode.FAILED)
 
 
 if __name__ == "__main__":

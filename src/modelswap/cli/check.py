@@ -1,0 +1,100 @@
+"""``modelswap check``: is the config file right, and does it look right."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from modelswap.cli import addresses
+from modelswap.cli.settings import load_config
+from modelswap.cli.words import NONE
+from modelswap.engines.base import Address
+from modelswap.engines.registry import engine_for
+from modelswap.orchestrator.state import state_dir
+from modelswap.protocol.errors import ModelswapError
+from modelswap.spec.config import Config, Model
+
+
+def check(path: Path) -> None:
+    """Print what the config file says and what looks wrong; raises `Failure` if it can't be used."""
+    config = load_config(path)
+    console = Console(highlight=False)
+    console.print(Text.assemble((str(path), "bold"), " is valid"), soft_wrap=True)
+    console.print(summary(config))
+    for warning in warnings(config):
+        console.print(Text.assemble(("warning: ", "yellow"), warning), soft_wrap=True)
+
+
+def summary(config: Config) -> Table:
+    """Return the models and addresses as a table."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("model", "engine", "loads", "device", "slots", "also called"):
+        table.add_column(name, overflow="fold", justify="right" if name == "slots" else "left")
+    for name, model in config.models.items():
+        slots = model.concurrency or engine_for(model.engine).slots(model)
+        others = ", ".join([*model.aliases, *model.adapters])
+        table.add_row(
+            Text(name, "bold"), model.engine, Text(_loads(model)), model.device, str(slots), Text(others or NONE)
+        )
+    table.caption = (
+        f"gateway {addresses.url(config.gateway.host, config.gateway.port)} "
+        f"({config.gateway.workers} worker{'s' * (config.gateway.workers != 1)})\n"
+        f"orchestrator {addresses.url(config.orchestrator.host, config.orchestrator.port)}\n"
+        f"state {state_dir(config)}"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _loads(model: Model) -> str:
+    return model.model or " ".join(model.command or []) or NONE
+
+
+def warnings(config: Config) -> Iterator[str]:
+    """Yield what parses but looks wrong, with its remedy."""
+    gateway, orchestrator = config.gateway, config.orchestrator
+    if gateway.port == orchestrator.port:
+        yield f"gateway.port and orchestrator.port are both {gateway.port}: `modelswap up` needs two"
+    for key, port in (("gateway.port", gateway.port), ("orchestrator.port", orchestrator.port)):
+        if port == 0:
+            yield f"{key} is 0, which no client could find: name a port"
+    if orchestrator.host not in ("127.0.0.1", "::1", "localhost"):
+        yield (
+            f"orchestrator.host is {orchestrator.host}: whoever reaches it can swap and stop models; "
+            "127.0.0.1 keeps it to this machine"
+        )
+    scheduling = config.scheduling
+    if scheduling.max_wait >= scheduling.queue_timeout:
+        yield (
+            f"scheduling.max_wait ({scheduling.max_wait:g} s) is not below scheduling.queue_timeout "
+            f"({scheduling.queue_timeout:g} s): requests would time out before their model's turn"
+        )
+    for name, model in config.models.items():
+        yield from (f"models.{name}: {warning}" for warning in _model_warnings(name, model))
+
+
+def _model_warnings(name: str, model: Model) -> Iterator[str]:
+    try:
+        launch = engine_for(model.engine).launch(name, model, Address("127.0.0.1", 1))
+    except ModelswapError as error:
+        yield str(error)
+        return
+    program = launch.argv[0]
+    if "/" in program and not Path(launch.cwd or ".", program).exists():
+        yield f"there is no program {program}: mend its path, or install it"
+    elif shutil.which(program, path=launch.env.get("PATH")) is None:
+        yield f"{program} is not on PATH, or can't be executed: give its full path, or install it"
+    if launch.cwd is not None and not Path(launch.cwd).is_dir():
+        yield f"cwd {launch.cwd} is not a folder: make it, or name another"
+    if model.model and model.model.startswith(("/", "~", "./")) and not Path(model.model).expanduser().exists():
+        yield f"there is no {model.model}: mend the path, or download the model to it"
+    if model.engine == "custom" and model.command and not any("{port}" in part for part in model.command):
+        env_has = any("{port}" in value for value in model.env.values())
+        if not env_has:
+            yield "its command has no {port}, so it can't listen where modelswap expects it: add {port}"
