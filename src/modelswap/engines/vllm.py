@@ -26,7 +26,7 @@ import aiohttp
 from modelswap.engines import http as ask
 from modelswap.engines import options
 from modelswap.engines.base import Address, Diagnosis, Launch, Readiness
-from modelswap.engines.diagnosis import cause, explain
+from modelswap.engines.diagnosis import cause, clean, explain
 from modelswap.engines.programs import NotInstalled, folder, local, on_path
 from modelswap.spec.config import Model
 
@@ -101,7 +101,7 @@ class Vllm:
 
     def diagnose(self, exit_code: int | None, log: Sequence[str]) -> Diagnosis:
         """Look for the known causes, else for the exception that began it all."""
-        return explain(_CAUSES, exit_code, [_PREFIX.sub("", line) for line in log], _BORING)
+        return explain(_CAUSES, exit_code, [_PREFIX.sub("", clean(line)) for line in log], _BORING)
 
 
 def _program(model: Model) -> list[str]:
@@ -122,10 +122,8 @@ def _pools(args: Sequence[str]) -> bool:
     return options.value(args, "--runner") == "pooling" or options.value(args, "--task") in ("embed", "embedding")
 
 
-_PREFIX: Final = re.compile(
-    r"^(?:\x1b\[[0-9;]*m)*(?:\([\w ]+(?:pid=\d+)?\)\s*)*(?:\x1b\[[0-9;]*m)*"
-    r"(?:(?:ERROR|INFO|WARNING|CRITICAL|DEBUG) \d\d-\d\d [\d:]+ \[[^\]]*\] ?)?"
-)
+# "(EngineCore pid=9) ERROR 09-28 15:47:24 [core.py:718] " before each line of its log.
+_PREFIX: Final = re.compile(r"^(?:\(\w+ pid=\d+\) )*(?:[A-Z]+ \d\d-\d\d [\d:]+ \[[^\]]*\] ?)?")
 _BORING: Final = re.compile(r"Engine core initialization failed|See (?:root cause|stack trace) above|^Traceback")
 
 
