@@ -20,13 +20,6 @@ ENGINE = Path(__file__).with_name("engine_script.py")
 DEADLINE = 30.0
 
 
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    """Return when the condition holds; fails after `DEADLINE` seconds."""
-    async with asyncio.timeout(DEADLINE):
-        while not await condition():  # noqa: ASYNC110 - what is looked at are other processes
-            await asyncio.sleep(0.005)
-
-
 class Host:
     """Drives one runtime: makes orders for stand-in engines, and waits for what they say."""
 
@@ -55,6 +48,12 @@ class Host:
         launch = self.launch(behaviour, address.port if argument is None else argument)
         return await self.runtime.start(self.order(launch, address, model))
 
+    async def until(self, condition: Callable[[], Awaitable[bool]]) -> None:
+        """Return when the condition holds; fails after `DEADLINE` seconds."""
+        async with asyncio.timeout(DEADLINE):
+            while not await condition():  # noqa: ASYNC110 - what is looked at are other processes
+                await asyncio.sleep(0.005)
+
     async def says(self, running: Running, word: str) -> list[str]:
         """Return the log's words after ``word``, once the engine has said it."""
         found: list[str] = []
@@ -64,7 +63,7 @@ class Host:
             found[:] = next((line.split()[1:] for line in lines if line.split()[:1] == [word]), [])
             return any(line.split()[:1] == [word] for line in lines)
 
-        await until(said)
+        await self.until(said)
         return found
 
 

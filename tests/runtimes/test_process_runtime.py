@@ -162,6 +162,22 @@ async def test_without_a_record_the_oldest_process_is_the_instance(host: Host) -
     assert await host.renew().instances() == [running]
 
 
+async def test_a_cancelled_start_leaves_nothing(host: Host) -> None:
+    """A start that is cancelled after the spawn ends what it started."""
+    address = await host.runtime.allocate()
+    starting = asyncio.create_task(host.runtime.start(host.order(host.launch("obey"), address)))
+    await asyncio.sleep(0)
+    assert len(psutil.Process().children()) == 1
+    starting.cancel()
+    await asyncio.wait([starting])
+    assert starting.cancelled()
+
+    async def gone() -> bool:
+        return not (await host.runtime.instances() or psutil.Process().children())
+
+    await host.until(gone)
+
+
 @pytest.mark.parametrize("end", ["stop", "sweep"])
 async def test_an_engine_that_hides_its_environment_is_known_by_its_record(
     host: Host, monkeypatch: pytest.MonkeyPatch, end: str

@@ -79,8 +79,15 @@ class ProcessRuntime:
         finally:
             os.close(log)
         self._children[order.instance] = pid
-        # It is there even if it has ended already: only we collect it.
-        running = ids.running(pid, self._table.born(pid) or 0.0)
+        try:
+            # While a program is being loaded, the kernel has everyone wait who looks at its process (measured: 1 to
+            # 5 ms), so not the event loop. It is there even if it has ended already: only we collect it.
+            born = await asyncio.to_thread(self._table.born, pid)
+        except asyncio.CancelledError:
+            # Nobody would know of it.
+            os.killpg(pid, signal.SIGKILL)
+            raise
+        running = ids.running(pid, born or 0.0)
         self._records.write(running)
         with contextlib.suppress(OSError):  # an old log that stays harms nobody, a start that raised now would
             self._logs.prune(order.model, self._children)
