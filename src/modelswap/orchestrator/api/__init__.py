@@ -1,0 +1,1 @@
+"""The admin API: HTTP and SSE on the orchestrator's port, and the gateways' WebSocket."""

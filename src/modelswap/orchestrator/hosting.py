@@ -1,0 +1,105 @@
+"""What runs now, and what the executors of effects work with."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import aiohttp
+
+from modelswap.core.events import Event
+from modelswap.devices.base import Device
+from modelswap.engines.base import Address, Engine
+from modelswap.orchestrator.journal import Journal
+from modelswap.runtimes.base import Running, Runtime
+from modelswap.spec.config import Model
+
+SHOWN_LINES: Final = 10
+"""How many of an engine's last log lines go into a message for clients."""
+
+FIRST_PAUSE: Final = 0.002
+FAST_PAUSE: Final = 0.05
+SLOW_PAUSE: Final = 0.25
+SLOW_AFTER: Final = 10.0
+
+
+class HostRuntime(Runtime, Protocol):
+    """A runtime that also keeps its house in order."""
+
+    async def sweep(self, keep: set[str]) -> list[str]:
+        """Kill everything that carries our ids but is not of an instance in ``keep``; returns what that was."""
+        ...
+
+    async def rotate(self) -> None:
+        """Rotate the logs that have grown too large."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Hosted:
+    """An instance from its `BringIn` (or adoption) until nothing of it runs."""
+
+    instance: str
+    model: str
+    definition: str
+    spec: Model
+    engine: Engine
+    address: Address | None = None
+    running: Running | None = None
+    slots: int = 0
+    ready: bool = False
+    job: asyncio.Task[None] | None = None
+    """Its bringing-in, while that goes on."""
+    watch: asyncio.Task[None] | None = None
+    leaving: bool = False
+    """It is being put out: what it does now is no news."""
+
+
+@dataclass(slots=True, eq=False)
+class Outside:
+    """The outside world, as executors see it. ``post`` gives the scheduler an event; ``clock`` is its clock."""
+
+    runtime: HostRuntime
+    device: Device
+    http: aiohttp.ClientSession
+    journal: Journal
+    post: Callable[[Event], None]
+    clock: Callable[[], float]
+    hosted: dict[str, Hosted] = field(default_factory=dict)
+
+    async def last_lines(self, hosted: Hosted, lines: int = SHOWN_LINES) -> list[str]:
+        """Return an instance's last log lines, without the model's API key."""
+        tail = await self.runtime.log_tail(hosted.model, lines, hosted.instance)
+        return redacted(tail, hosted.spec)
+
+
+def pause(elapsed: float) -> float:
+    """Return how long to wait before looking again, after ``elapsed`` seconds: about 3 % of them."""
+    if elapsed < SLOW_AFTER:
+        return min(FAST_PAUSE, max(FIRST_PAUSE, elapsed * 0.03))
+    return min(SLOW_PAUSE, elapsed * 0.01)
+
+
+def redacted(lines: list[str], model: Model) -> list[str]:
+    """Return log lines without the model's API key, which some engines print with their arguments."""
+    key = model.api_key.get_secret_value() if model.api_key is not None else ""
+    return [line.replace(key, "***") for line in lines] if key else lines
+
+
+def told(reason: str, lines: list[str]) -> str:
+    """Return a message for clients: the reason, then the engine's last log lines."""
+    return f"{reason}\nIts last log lines:\n" + "\n".join(lines) if lines else reason
+
+
+def engine_session() -> aiohttp.ClientSession:
+    """Return a session for talking to engines: a fresh connection each time, no limits, no proxies, no cookies.
+
+    An engine's address may be another engine's a moment later, so no connection is ever kept.
+    """
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(force_close=True, limit=0, enable_cleanup_closed=False),
+        timeout=aiohttp.ClientTimeout(total=None),
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )

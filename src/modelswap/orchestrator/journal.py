@@ -1,0 +1,135 @@
+"""What must outlive the orchestrator: what it was about to start, what runs, which gateways it knew."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+import msgspec
+
+from modelswap.core.states import InstanceState
+from modelswap.engines.base import Address
+from modelswap.orchestrator.store import Statement, Store
+from modelswap.runtimes.base import Running
+
+_PUT: Final = "insert or replace into instances values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """An instance as the journal knows it; ``pid`` 0 until its start is known to have happened."""
+
+    instance: str
+    model: str
+    definition: str
+    address: Address
+    slots: int = 0
+    state: InstanceState = InstanceState.STARTING
+    pid: int = 0
+    born: float = 0.0
+
+
+class Journal:
+    """Instances and gateways, in memory and in the store. Only `intend` waits until the store has it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._entries: dict[str, Entry] = {}
+        self._gateways: set[str] = set()
+
+    async def begin(self) -> int:
+        """Read what an earlier orchestrator left, and return this one's generation, greater than all before."""
+        rows = await self._store.read("select value from meta where key = 'generation'")
+        before = int(rows[0][0]) if rows and str(rows[0][0]).isdigit() else 0
+        generation = max(before + 1, time.time_ns() // 1_000_000)
+        for row in await self._store.read(
+            "select instance, model, definition, host, port, slots, state, pid, born from instances"
+        ):
+            instance, model, definition, host, port, slots, state, pid, born = row
+            if state in list(InstanceState):
+                self._entries[instance] = Entry(
+                    instance=instance,
+                    model=model,
+                    definition=definition,
+                    address=Address(host, port),
+                    slots=slots,
+                    state=InstanceState(state),
+                    pid=pid,
+                    born=born,
+                )
+        self._gateways = {row[0] for row in await self._store.read("select gateway from gateways")}
+        await self._store.write(("insert or replace into meta values ('generation', ?)", (str(generation),)))
+        return generation
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """Every instance that may run, by its id."""
+        return dict(self._entries)
+
+    @property
+    def gateways(self) -> frozenset[str]:
+        """The gateways that were connected."""
+        return frozenset(self._gateways)
+
+    async def intend(self, instance: str, model: str, definition: str, address: Address) -> None:
+        """Note that an instance is about to be started; returns when that would survive our death."""
+        entry = Entry(instance=instance, model=model, definition=definition, address=address)
+        self._entries[instance] = entry
+        await self._store.write(_row(entry))
+
+    def started(self, running: Running) -> None:
+        """Note an instance's process."""
+        self._change(running.instance, pid=running.pid, born=running.born)
+
+    def opened(self, instance: str, slots: int) -> None:
+        """Note how many requests a healthy instance runs at once."""
+        self._change(instance, slots=slots)
+
+    def moved(self, instance: str, state: InstanceState) -> None:
+        """Note an instance's new state; it is forgotten when it is absent."""
+        if state is InstanceState.ABSENT:
+            self.forget(instance)
+        else:
+            self._change(instance, state=state)
+
+    def forget(self, instance: str) -> None:
+        """Forget an instance: nothing of it runs any more."""
+        if self._entries.pop(instance, None) is not None:
+            self._store.send(("delete from instances where instance = ?", (instance,)))
+
+    def gateway_came(self, gateway: str) -> None:
+        """Note a gateway that may hold leases from now on."""
+        if gateway not in self._gateways:
+            self._gateways.add(gateway)
+            self._store.send(_gateway_row(gateway))
+
+    def gateway_went(self, gateway: str) -> None:
+        """Forget a gateway that has gone."""
+        if gateway in self._gateways:
+            self._gateways.discard(gateway)
+            self._store.send(("delete from gateways where gateway = ?", (gateway,)))
+
+    def write_anew(self) -> None:
+        """Put everything into a store that has lost it, except the generation, which time renews."""
+        self._store.send(
+            *(_row(entry) for entry in self._entries.values()),
+            *(_gateway_row(gateway) for gateway in self._gateways),
+        )
+
+    def _change(self, instance: str, **fields: object) -> None:
+        entry = self._entries.get(instance)
+        if entry is None:
+            return
+        changed = msgspec.structs.replace(entry, **fields)
+        if changed != entry:
+            self._entries[instance] = changed
+            self._store.send(_row(changed))
+
+
+def _row(entry: Entry) -> Statement:
+    address = entry.address
+    identity = (entry.instance, entry.model, entry.definition, address.host, address.port)
+    return _PUT, (*identity, entry.slots, str(entry.state), entry.pid, entry.born, time.time())
+
+
+def _gateway_row(gateway: str) -> Statement:
+    return "insert or replace into gateways values (?, ?)", (gateway, time.time())
