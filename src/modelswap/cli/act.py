@@ -30,9 +30,7 @@ def unload(url: str, model: str | None) -> None:
     """Stop ``model``, or every one, and say so; raises `Failure`."""
     body = {"model": model} if model else {}
     answer = asyncio.run(_ask(url, "/unload", body, f"unloading {model or 'every model'}"))
-    what = answer.get("model") or model or "every model"
-    took = answer.get("seconds")
-    Console(highlight=False).print(Text(f"{what} is unloaded" + (f" ({duration(float(took))})" if took else "")))
+    Console(highlight=False).print(Text(_unloaded(answer, model)))
 
 
 def _swapped(answer: dict[str, Any], model: str) -> Text:
@@ -45,6 +43,13 @@ def _swapped(answer: dict[str, Any], model: str) -> Text:
         how = f"{mechanism}, {duration(seconds)}" + (f" (was {previous})" if previous else "")
     address = f" at {answer['address']}" if answer.get("address") else ""
     return Text.assemble((name, "bold green"), f" is ready: {how}{address}")
+
+
+def _unloaded(answer: dict[str, Any], model: str | None) -> str:
+    what = answer.get("model") or model
+    if answer.get("mechanism") == "absent":
+        return f"{what} was not loaded" if what else "nothing was loaded"
+    return f"{what or 'everything'} is unloaded ({duration(float(answer.get('seconds') or 0.0))})"
 
 
 async def _ask(url: str, path: str, body: dict[str, Any], doing: str) -> dict[str, Any]:

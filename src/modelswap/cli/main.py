@@ -149,7 +149,7 @@ def logs(
 def swap(model: ModelName, config: ConfigFile = CONFIG_FILE, url: Url = None) -> None:
     """Make a model the current one, and return when it is ready.
 
-    Running requests of the model before it finish first. Ctrl-C stops the waiting, not the swap.
+    Running requests of the model before it finish first. Ctrl-C takes the wish back, unless its start has begun.
     """
     from modelswap.cli.act import swap as command
 

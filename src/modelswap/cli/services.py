@@ -10,8 +10,9 @@ from typing import Final
 from modelswap.cli import addresses
 from modelswap.cli.failure import ExitCode, Failure
 from modelswap.cli.parent import tie_to_parent
-from modelswap.cli.settings import load_config
+from modelswap.cli.settings import config_failure, load_config
 from modelswap.protocol.errors import ModelswapError
+from modelswap.spec.errors import ConfigError
 
 _TOKEN: Final = "MODELSWAP_TOKEN"  # noqa: S105 - the variable's name
 _TOKEN_WITHIN: Final = 30.0
@@ -21,11 +22,12 @@ _LOOK_EVERY: Final = 0.1
 def orchestrator(path: Path) -> None:
     """Run the orchestrator until SIGTERM; raises `Failure`."""
     tie_to_parent()
-    load_config(path)
     from modelswap.orchestrator.main import run
 
     try:
         run(path)
+    except ConfigError as error:
+        raise config_failure(error) from error
     except ModelswapError as error:
         raise Failure(str(error), code=ExitCode.USAGE) from error
 

@@ -16,11 +16,16 @@ def load_config(path: Path) -> Config:
     try:
         return load(path)
     except ConfigError as error:
-        problems = [str(problem) for problem in error.problems]
-        if len(problems) == 1:
-            raise Failure(problems[0], code=ExitCode.USAGE) from error
-        listed = "".join(f"\n  {problem}" for problem in problems)
-        raise Failure(f"{len(problems)} problems in the config file{listed}", code=ExitCode.USAGE) from error
+        raise config_failure(error) from error
+
+
+def config_failure(error: ConfigError) -> Failure:
+    """Return the failure that tells every problem."""
+    problems = [str(problem) for problem in error.problems]
+    if len(problems) == 1:
+        return Failure(problems[0], code=ExitCode.USAGE)
+    listed = "".join(f"\n  {problem}" for problem in problems)
+    return Failure(f"{len(problems)} problems in the config file{listed}", code=ExitCode.USAGE)
 
 
 def orchestrator_url(path: Path, url: str | None, *, default: Path) -> str:
