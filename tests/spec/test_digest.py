@@ -63,10 +63,11 @@ def test_names_count_for_engines_that_are_told_them() -> None:
     assert definition("a", custom) == definition("b", custom.model_copy(update={"aliases": []}))
 
 
-def test_the_embedded_server_is_told_its_concurrency() -> None:
-    """A change of concurrency reaches the embedded server only through a new start."""
+def test_the_embedded_server_is_told_its_grace() -> None:
+    """A change of grace reaches the embedded server only through a new start."""
     embedded = Model(engine="openvino", model="m")
-    assert definition("a", embedded) != definition("a", embedded.model_copy(update={"concurrency": 2}))
+    assert definition("a", embedded) != definition("a", embedded.model_copy(update={"stop_grace": 2.0}))
+    assert definition("a", embedded) == definition("a", embedded.model_copy(update={"concurrency": 2}))
 
 
 def test_a_digest_is_short_stable_and_hides_the_key() -> None:

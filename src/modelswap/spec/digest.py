@@ -27,7 +27,7 @@ def definition(name: str, model: Model) -> str:
     if model.engine in _KNOWS_ITS_NAMES:
         parts["names"] = [name, *model.aliases]
     if model.engine == "openvino":
-        # The embedded server is told how many requests it may run at once.
-        parts["concurrency"] = model.concurrency
+        # The embedded server is told how long it may take to end.
+        parts["stop_grace"] = model.stop_grace
     encoded = json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()
     return hashlib.sha256(encoded).hexdigest()[:16]
