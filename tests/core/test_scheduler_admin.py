@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from tests.core.scheduling import Bench, model, of, said
-
 from modelswap.core import effects, events
 from modelswap.protocol.messages import Close, Epoch, HeldLease, Open, Refuse, Usage, Want
+from tests.core.scheduling import Bench, model, of, said
 
 
 def test_ensure_answers_when_ready() -> None:

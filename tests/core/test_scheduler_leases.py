@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from tests.core.scheduling import Bench, model, of, said
-
 from modelswap.core import effects, events
 from modelswap.protocol.messages import Catalog, Close, Epoch, Fault, Heartbeat, HeldLease, Open, Usage
+from tests.core.scheduling import Bench, model, of, said
 
 
 def test_hello_is_answered_with_catalog_and_leases() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from tests.core.scheduling import Bench, model, of, said
 
 from modelswap.core import effects, events
 from modelswap.core.states import ForbiddenTransitionError, InstanceState
@@ -11,6 +10,7 @@ from modelswap.core.swap import SwapOutcome
 from modelswap.core.world import ModelRecord, World
 from modelswap.protocol.errors import Code
 from modelswap.protocol.messages import Catalog, Close, Contended, Drained, Forget, Open, Progress, Refuse
+from tests.core.scheduling import Bench, model, of, said
 
 
 def test_first_request_brings_model_in() -> None:
