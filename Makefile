@@ -7,7 +7,7 @@ ARGS   ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check unit format lock schema clean \
-        test-openvino test-llamacpp test-vllm test-chaos bench bench-relay bench-llamacpp bench-sched
+        test-openvino test-llamacpp test-vllm bench-relay bench-llamacpp bench-sched
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 20
@@ -33,7 +33,7 @@ check: $(STAMP)  ## format, lint, types, import contract, generated files
 
 unit: $(STAMP)  ## all tests that need no engine of their own
 	@echo "==> pytest with branch coverage"
-	@$(BIN)/pytest -n 2 --dist loadgroup --cov --cov-report=term:skip-covered -q $(ARGS)
+	@$(BIN)/pytest -n 2 --dist loadgroup --cov --cov-report=term:skip-covered -q -m "not openvino and not vllm and not llamacpp" $(ARGS)
 
 format: $(STAMP)  ## format and mend what can be mended
 	@$(BIN)/ruff format src tests bench
@@ -48,3 +48,21 @@ lock: $(STAMP)  ## resolve the dependencies anew (versions and hashes, no URLs)
 
 clean:  ## remove what the targets above made
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* htmlcov
+
+bench-llamacpp: $(STAMP)  ## swaps against llama.cpp's router mode (needs llama-server)
+	@$(BIN)/python bench/llamacpp.py $(ARGS)
+
+bench-relay: $(STAMP)  ## the relay's CPU per request and per event against nginx's (needs nginx)
+	@$(BIN)/python bench/relay.py $(ARGS)
+
+bench-sched: $(STAMP)  ## scheduling policies in virtual time
+	@$(BIN)/python bench/sched.py $(ARGS)
+
+test-openvino: $(STAMP)  ## the embedded engine on real weights
+	@$(BIN)/pytest -q -m openvino tests/engines $(ARGS)
+
+test-vllm: $(STAMP)  ## swaps between real vLLM servers (needs MODELSWAP_VLLM_PYTHON and MODELSWAP_VLLM_MODEL)
+	@$(BIN)/pytest -q -m vllm tests/system $(ARGS)
+
+test-llamacpp: $(STAMP)  ## swaps between real llama.cpp servers (needs llama-server)
+	@$(BIN)/pytest -q -m llamacpp tests/system $(ARGS)
