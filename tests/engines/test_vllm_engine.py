@@ -189,6 +189,14 @@ CORE = "\x1b[1;36m(EngineCore_DP0 pid=17374)\x1b[0;0m ERROR 09-28 15:47:24 [core
             id="free memory, newer",
         ),
         pytest.param(
+            "Free memory on device cuda:0 (1.5/22.05 GiB) on startup is less than the engine's budget after excluding"
+            " external process's weights (0.9, 9.5 GiB).",
+            False,
+            "it wants 9.5 GiB of device memory (0.9 of 22.05 GiB), but 1.5 GiB are free;"
+            " end what else uses the GPU, or lower --gpu-memory-utilization in args",
+            id="free memory, shared weights",
+        ),
+        pytest.param(
             f"{CORE}ValueError: To serve at least one request with the models's max seq len (65536), (7.0 GiB KV cache"
             " is needed, which is larger than the available KV cache memory (2.39 GiB). Based on the available memory,"
             " the estimated maximum model length is 22336. Try increasing",
@@ -287,6 +295,13 @@ CORE = "\x1b[1;36m(EngineCore_DP0 pid=17374)\x1b[0;0m ERROR 09-28 15:47:24 [core
             True,
             "this vLLM can't serve the architecture FooForCausalLM; update vLLM, or use another model",
             id="architecture",
+        ),
+        pytest.param(
+            "ValueError: Model architecture Foo was supported in vLLM until v0.10.2, and is not supported anymore.",
+            True,
+            "Model architecture Foo was supported in vLLM until v0.10.2:"
+            " install that version or the plugin for it, or use another model",
+            id="former architecture",
         ),
         pytest.param(
             "ValueError: The checkpoint you are trying to load has model type `foo4` but Transformers does not"

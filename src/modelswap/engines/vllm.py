@@ -1,14 +1,16 @@
 """vLLM.
 
-Read in vLLM's sources (0.33 and later, `vllm/utils/argparse_utils.py`, `vllm/entrypoints/openai/cli_args.py`,
-`vllm/config/cache.py`) and on its documentation's metrics page:
+Read in the sources of vLLM 0.32 (`vllm/utils/argparse_utils.py`, `engine/arg_utils.py`, `config/cache.py`,
+`entrypoints/serve/middleware/`, `v1/metrics/loggers.py`, `v1/core/kv_cache_utils.py`, `v1/worker/utils.py`):
 
 - ``vllm serve`` wants the model as its first positional argument (``--model`` there warns and will go); the module
   ``vllm.entrypoints.openai.api_server`` takes ``--model``. The last of several equal options counts.
 - ``--served-model-name`` takes several names, all of which requests may use.
 - ``--api-key`` is also read from ``VLLM_API_KEY``; it guards ``/v1`` only.
-- Options may be written with dashes or underscores. ``--task`` has gone; pooling models say ``--runner pooling``.
+- Options may be written with dashes or underscores. Pooling models say ``--runner pooling`` (once: ``--task embed``).
 - ``--gpu-memory-utilization`` is a share of *total* memory, 0.92 by default (0.9 before), which must be free at start.
+- ``--max-num-seqs`` is 256 by default; 1024 from 70 GiB of device memory on (not A100), 128 on CPUs. vLLM queues what
+  is more, so 256 is right enough everywhere.
 - ``vllm:num_requests_running`` and ``…_waiting`` in ``/metrics`` are the engine's own counts.
 """
 
@@ -146,8 +148,8 @@ def _cache_too_small(match: re.Match[str]) -> str:
 
 _CAUSES: Final = (
     cause(
-        r"Free memory on device.*? \(([\d.]+)/([\d.]+) GiB\) on startup is less than desired GPU memory utilization"
-        r" \(([\d.]+), ([\d.]+) GiB\)",
+        r"Free memory on device.*? \(([\d.]+)/([\d.]+) GiB\) on startup is less than"
+        r" [^\n(]* \(([\d.]+), ([\d.]+) GiB\)",
         _free_memory,
         # Whoever holds the rest may leave.
         permanent=False,
@@ -209,10 +211,16 @@ _CAUSES: Final = (
         permanent=False,
     ),
     cause(
-        r"Model architectures? \[?'?([\w, ']+?)'?\]? (?:are|is) not supported|'?(\w+)'? has no vLLM implementation",
+        r"Model architectures \[([^\]]*)\] (?:are not supported|failed to be inspected)"
+        r"|(\w+) has no vLLM implementation",
         lambda match: (
-            f"this vLLM can't serve the architecture {match[1] or match[2]}; update vLLM, or use another model"
+            f"this vLLM can't serve the architecture {(match[1] or match[2]).replace(chr(39), '')};"
+            " update vLLM, or use another model"
         ),
+    ),
+    cause(
+        r"(Model architecture \w+ (?:was supported in vLLM until v[\w.]+|is not supported in-tree anymore))",
+        "{0}: install that version or the plugin for it, or use another model",
     ),
     cause(
         r"model type `?([\w.-]+)`? but Transformers does not recognize this architecture",
