@@ -79,6 +79,11 @@ def main(behaviour: str, argument: str) -> None:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 say("ready")
                 idle()
+        case "bare-child":
+            if (child := os.fork()) == 0:
+                os.execve(sys.executable, [sys.executable, "-S", "-E", __file__, "stubborn"], {})  # noqa: S606
+            say("child", child)
+            sys.exit(int(argument))
         case "say":
             say(argument)
             say("ready")

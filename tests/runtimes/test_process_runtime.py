@@ -7,7 +7,7 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from signal import Signals
 from typing import TYPE_CHECKING
@@ -18,10 +18,11 @@ import pytest
 import uvloop
 
 from modelswap.engines.base import Address, Launch
-from modelswap.runtimes import procfs
+from modelswap.runtimes import process, procfs
 from modelswap.runtimes.base import Exit, Running, StartFailed, StartOrder, Unkillable
 from modelswap.runtimes.portable import PsutilTable
 from modelswap.runtimes.process import ProcessRuntime
+from modelswap.runtimes.processes import Ids, ProcessTable, system_table
 from modelswap.runtimes.procfs import PidfdHandle, ProcfsTable
 
 if TYPE_CHECKING:
@@ -45,11 +46,11 @@ def stranger() -> Iterator[subprocess.Popen[bytes]]:
     """Give a process that is none of ours, leading a session of its own."""
     script = "import time, sys; print(flush=True); time.sleep(1000)"
     argv = [sys.executable, "-S", "-E", "-c", script]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, start_new_session=True) as process:
-        assert process.stdout is not None
-        process.stdout.read(1)
-        yield process
-        process.kill()
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, start_new_session=True) as popen:
+        assert popen.stdout is not None
+        popen.stdout.read(1)
+        yield popen
+        popen.kill()
 
 
 async def test_an_engine_is_on_its_own(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -144,6 +145,46 @@ async def test_an_orphan_is_no_instance_but_is_stopped(host: Host) -> None:
     assert await fresh.sweep(set()) == []
 
 
+async def test_an_orphan_is_stopped_by_who_did_not_start_it(host: Host) -> None:
+    """A runtime that knows an instance only from the journal ends what its dead main process left."""
+    running = await host.start("orphan")
+    await host.says(running, "ready")
+    await host.runtime.wait(running)
+    await host.renew().stop(running, GRACE)
+    assert await host.process_runtime.sweep(set()) == []
+
+
+async def test_a_bare_orphan_is_stopped(host: Host) -> None:
+    """A child without any environment that outlives its engine in the same session is remembered and ended."""
+    running = await host.start("bare-child", 4)
+    assert await host.runtime.wait(running) == Exit(4)
+    await host.says(running, "ready")
+    [child] = await host.says(running, "child")
+    orphan = psutil.Process(int(child))
+    assert await host.runtime.stop(running, GRACE) == Exit(4)
+    assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
+
+
+async def test_a_frozen_engine_can_end(host: Host) -> None:
+    """An engine that was stopped with SIGSTOP is continued, so that it can obey SIGTERM."""
+    running = await host.start("obey")
+    await host.says(running, "ready")
+    os.kill(running.pid, Signals.SIGSTOP)
+    assert await host.runtime.stop(running, GRACE) == Exit(-15)
+
+
+async def test_old_exits_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of long-gone instances nothing is kept, and asking for them is still no error."""
+    monkeypatch.setattr(process, "_REMEMBERED_EXITS", 1)
+    runtime = ProcessRuntime(tmp_path, 1024)
+    launch = Launch((sys.executable, "-S", "-c", "raise SystemExit(2)"), {})
+    old, new = [
+        await runtime.start(msgspec.structs.replace(_order(launch), instance=instance)) for instance in ("old", "new")
+    ]
+    assert [await runtime.wait(one) for one in (old, new)] == [Exit(2), Exit(2)]
+    assert [await runtime.wait(one) for one in (new, old)] == [Exit(2), Exit(None)]
+
+
 async def test_an_orphan_is_swept(host: Host) -> None:
     """A child that outlives its engine is a stray for whoever comes next."""
     running = await host.start("orphan")
@@ -165,15 +206,16 @@ async def test_without_a_record_the_oldest_process_is_the_instance(host: Host) -
 async def test_a_cancelled_start_leaves_nothing(host: Host) -> None:
     """A start that is cancelled after the spawn ends what it started."""
     address = await host.runtime.allocate()
+    before = set(psutil.Process().children())
     starting = asyncio.create_task(host.runtime.start(host.order(host.launch("obey"), address)))
     await asyncio.sleep(0)
-    assert len(psutil.Process().children()) == 1
+    assert len(set(psutil.Process().children()) - before) == 1
     starting.cancel()
     await asyncio.wait([starting])
     assert starting.cancelled()
 
     async def gone() -> bool:
-        return not (await host.runtime.instances() or psutil.Process().children())
+        return not (await host.runtime.instances() or set(psutil.Process().children()) - before)
 
     await host.until(gone)
 
@@ -283,15 +325,70 @@ def test_another_boot_is_noticed(tmp_path: Path) -> None:
         assert procfs.boot(tmp_path) == procfs.boot(tmp_path)
 
 
-def test_a_table_looks_past_processes_that_are_gone(tmp_path: Path) -> None:
-    """Asking for a process that doesn't exist returns nothing and raises nothing."""
-    table = ProcfsTable(tmp_path)
-    with subprocess.Popen([sys.executable, "-S", "-c", ""]) as process:
-        pass
-    assert table.open(process.pid) is None
-    assert table.born(process.pid) is None
-    assert table.environ(process.pid) is None
-    assert str(process.pid) in table.describe(process.pid)
+@pytest.mark.parametrize("make", [ProcfsTable, lambda _: PsutilTable()], ids=["procfs", "psutil"])
+async def test_a_table_looks_past_processes_that_are_gone(
+    tmp_path: Path, make: Callable[[Path], ProcessTable], stranger: subprocess.Popen[bytes]
+) -> None:
+    """Asking for a process that has gone, also while one looks, returns nothing and raises nothing."""
+    table = make(tmp_path)
+    born = table.born(stranger.pid)
+    held = table.open(stranger.pid, born)
+    assert held is not None and not held.ended()
+    stranger.kill()
+    await held.wait()
+    assert table.environ(stranger.pid) is None
+    stranger.wait()
+    held.signal(Signals.SIGTERM)
+    assert held.ended()
+    held.close()
+    assert table.open(stranger.pid) is None
+    assert table.open(stranger.pid, born) is None
+    assert table.born(stranger.pid) is None
+    assert table.environ(stranger.pid) is None
+    assert not table.listens(SOMEWHERE, stranger.pid, list)
+    assert str(stranger.pid) in table.describe(stranger.pid)
+
+
+async def test_a_process_that_may_not_be_signalled_is_told(
+    tmp_path: Path, stranger: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What psutil calls denied access is a `PermissionError`, as with pidfds."""
+
+    def refuse(one: psutil.Process, number: int) -> None:
+        raise psutil.AccessDenied(one.pid)
+
+    handle = PsutilTable().open(stranger.pid)
+    assert handle is not None
+    monkeypatch.setattr(psutil.Process, "send_signal", refuse)
+    with pytest.raises(PermissionError):
+        handle.signal(Signals.SIGTERM)
+
+
+def test_other_systems_have_psutils_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ``/proc``, processes are looked at through psutil."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert isinstance(system_table(tmp_path), PsutilTable)
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"MODELSWAP_INSTANCE": "one", "MODELSWAP_STATE": "/state"},
+        {"MODELSWAP_INSTANCE": "one", "MODELSWAP_STATE": "/state", "MODELSWAP_ADDRESS": "127.0.0.1:http"},
+        {"MODELSWAP_STATE": "/state", "MODELSWAP_ADDRESS": "127.0.0.1:1"},
+    ],
+)
+def test_ids_that_are_not_whole_are_none(environ: dict[str, str]) -> None:
+    """A process that carries only part of our variables is not taken for ours."""
+    assert Ids.of_environ(environ) is None
+
+
+@pytest.mark.parametrize("host_name", ["127.0.0.1", "::1"])
+def test_ids_come_back_as_they_went_out(host_name: str) -> None:
+    """What an instance carries says all that must be known to take it over."""
+    ids = Ids("one", "some/model", "digest", Address(host_name, 1234), "/state")
+    assert Ids.of_environ(ids.variables()) == ids
 
 
 @pytest.mark.parametrize(

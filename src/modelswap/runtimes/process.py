@@ -2,7 +2,7 @@
 
 Every engine leads a session of its own and carries its ids in its environment; nothing else ties it to us. What
 belongs to an instance is therefore found by anyone at any time: its session, and every session whose members carry
-its id. Docs: ``docs/architecture.md``, "Runtimes".
+its id. (A descendant that both made a session of its own and cleared its environment is not.)
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class ProcessRuntime:
             # 5 ms), so not the event loop. It is there even if it has ended already: only we collect it.
             born = await asyncio.to_thread(self._table.born, pid)
         except asyncio.CancelledError:
-            # Nobody would know of it.
-            os.killpg(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended by itself
+                os.killpg(pid, signal.SIGKILL)  # nobody would know of it
             raise
         running = ids.running(pid, born or 0.0)
         self._records.write(running)
