@@ -59,8 +59,6 @@ def _loads(model: Model) -> str:
 def warnings(config: Config) -> Iterator[str]:
     """Yield what parses but looks wrong, with its remedy."""
     gateway, orchestrator = config.gateway, config.orchestrator
-    if gateway.port == orchestrator.port:
-        yield f"gateway.port and orchestrator.port are both {gateway.port}: `modelswap up` needs two"
     for key, port in (("gateway.port", gateway.port), ("orchestrator.port", orchestrator.port)):
         if port == 0:
             yield f"{key} is 0, which no client could find: name a port"

@@ -104,7 +104,7 @@ def gateway(
     """
     from modelswap.cli.services import gateway as command
 
-    command(config, worker, url)
+    _end(ExitCode(command(config, worker, url)))
 
 
 @app.command(epilog=_epilog("modelswap check", "modelswap check -c other.yaml"), rich_help_panel="Look")

@@ -32,18 +32,29 @@ def orchestrator(path: Path) -> None:
         raise Failure(str(error), code=ExitCode.USAGE) from error
 
 
-def gateway(path: Path, worker: int, url: str | None) -> None:
-    """Run gateway worker number ``worker`` until SIGTERM; raises `Failure`."""
+def gateway(path: Path, worker: int, url: str | None) -> int:
+    """Run gateway worker number ``worker`` until SIGTERM and return its exit status; raises `Failure`."""
     tie_to_parent()
     config = load_config(path)
     from modelswap.gateway.main import run
+    from modelswap.orchestrator.logging_setup import log_to_stderr
     from modelswap.orchestrator.state import state_dir
 
-    orchestrator_url = url or addresses.url(config.orchestrator.host, config.orchestrator.port)
+    log_to_stderr()
+    state = state_dir(config)
     try:
-        run(config, worker=worker, orchestrator_url=orchestrator_url, token=wait_for_token(state_dir(config)))
+        return run(
+            config,
+            worker=worker,
+            orchestrator_url=url or addresses.url(config.orchestrator.host, config.orchestrator.port),
+            token=wait_for_token(state),
+            metrics_folder=state / "gateway-metrics",
+        )
     except ModelswapError as error:
         raise Failure(str(error), code=ExitCode.USAGE) from error
+    except OSError as error:
+        where = f"{config.gateway.host}:{config.gateway.port}"
+        raise Failure(f"can't listen at {where}: {error.strerror}", "free it, or change gateway.port") from error
 
 
 def wait_for_token(state: Path, within: float = _TOKEN_WITHIN) -> str:

@@ -44,12 +44,6 @@ async def check_addresses(config: Config, say: Say) -> None:
     for key, (_, port) in wanted.items():
         if port == 0:
             raise Failure(f"{key} is 0, which no client could find", f"name a port in {key}", ExitCode.USAGE)
-    if config.gateway.port == config.orchestrator.port:
-        raise Failure(
-            f"gateway.port and orchestrator.port are both {config.gateway.port}",
-            "give them different ones",
-            ExitCode.USAGE,
-        )
     deadline = time.monotonic() + _PORTS_FREE_WITHIN
     for key, (host, port) in wanted.items():
         told = False

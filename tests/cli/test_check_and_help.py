@@ -1,0 +1,135 @@
+"""``check``, ``--help`` and ``version``, and that neither costs a user's patience."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import modelswap
+from modelswap.cli import main
+
+Run = Callable[..., Any]
+
+COMMANDS = [
+    "up", "orchestrator", "gateway", "demo", "check", "status", "swap", "unload", "models", "logs", "version",
+]  # fmt: skip
+
+GOOD = """
+models:
+  small: {engine: custom, command: [%s, "{port}"], aliases: [s]}
+"""
+
+ODD = """
+models:
+  a: {engine: custom, command: [no-such-program-anywhere, "{port}"]}
+  b: {engine: custom, command: [/no/such/program]}
+  c: {engine: custom, command: [%s, "{port}"], cwd: /no/such/folder}
+gateway: {port: 0}
+orchestrator: {host: 0.0.0.0}
+scheduling: {max_wait: 600}
+"""
+
+
+def test_check_accepts_a_right_file_without_warnings(command: Run, tmp_path: Path) -> None:
+    """A right file is said to be valid, and summed up."""
+    file = tmp_path / "m.yaml"
+    file.write_text(GOOD % sys.executable)
+    ran = command("check", "-c", str(file))
+    assert ran.code == 0
+    assert f"{file} is valid" in ran.out
+    assert "small" in ran.out
+    assert "warning" not in ran.out
+
+
+def test_check_warns_about_what_looks_wrong(command: Run, tmp_path: Path) -> None:
+    """Missing programs and folders, a command without its port, no port, an open host: each is named."""
+    file = tmp_path / "m.yaml"
+    file.write_text(ODD % sys.executable)
+    ran = command("check", "-c", str(file))
+    assert ran.code == 0
+    for expected in (
+        "gateway.port is 0",
+        "orchestrator.host is 0.0.0.0",
+        "scheduling.max_wait",
+        "models.a: no-such-program-anywhere is not on PATH",
+        "models.b: there is no program /no/such/program",
+        "models.b: its command has no {port}",
+        "models.c: cwd /no/such/folder is not a folder",
+    ):
+        assert f"warning: {expected}" in ran.out
+
+
+def test_check_lists_every_problem_and_ends_with_2(command: Run, tmp_path: Path) -> None:
+    """A wrong file is an error that names file, line and key."""
+    file = tmp_path / "m.yaml"
+    file.write_text("models:\n  a: {engin: custom, command: 5}\n")
+    ran = command("check", "-c", str(file))
+    assert ran.code == 2
+    assert f"{file}:2: models.a.engin" in ran.err
+    assert "did you mean 'engine'" in ran.err
+
+
+def test_a_missing_file_is_told(command: Run, tmp_path: Path) -> None:
+    """The remedy is in the message."""
+    ran = command("up", "--config", str(tmp_path / "none.yaml"))
+    assert ran.code == 2
+    assert "no such file" in ran.err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(command: Run, name: str) -> None:
+    """Each command's help has an example and the exit codes."""
+    ran = command(name, "--help")
+    assert ran.code == 0
+    assert f"modelswap {name}" in ran.out
+    assert "Exit codes" in ran.out
+
+
+def test_help_lists_every_command(command: Run) -> None:
+    """No command is hidden."""
+    out = command("--help").out
+    assert all(f" {name} " in out for name in COMMANDS)
+
+
+def test_version_is_the_packages(command: Run) -> None:
+    """The version printed is the one installed."""
+    assert command("version").out == f"modelswap {modelswap.__version__}\n"
+
+
+def test_wrong_usage_ends_with_2(command: Run) -> None:
+    """A missing argument and an unknown command are usage errors."""
+    assert command("swap").code == 2
+    assert command("explode").code == 2
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    """What makes start-up slow is imported only by the commands that need it."""
+    code = (
+        "import sys, modelswap.cli.main\n"
+        "heavy = {'aiohttp', 'pydantic', 'uvicorn', 'starlette', 'yaml', 'structlog', 'asyncio', 'psutil'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == "[]\n"
+
+
+def test_a_bug_is_one_line_with_a_remedy(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is shown a traceback who didn't ask for it."""
+
+    def broken(argv: object) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(main, "app", broken)
+    monkeypatch.delenv("MODELSWAP_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main.run(["status"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("error: ZeroDivisionError: oops\n  → this is a bug")
+    monkeypatch.setenv("MODELSWAP_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        main.run(["status"])
