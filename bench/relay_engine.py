@@ -44,13 +44,16 @@ class Engine(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
         self.transport = cast("asyncio.Transport", transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """End the stream."""
         if self._task is not None:
             self._task.cancel()
 
     def data_received(self, data: bytes) -> None:
+        """Answer a request once it is whole."""
         if self._buffer:
             data = self._buffer + data
         end = data.find(b"\r\n\r\n")

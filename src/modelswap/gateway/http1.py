@@ -1,0 +1,439 @@
+"""The client's side: HTTP/1.1 requests come in, one at a time, in order; answers go out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from enum import IntEnum
+from http import HTTPStatus
+from time import monotonic
+from typing import TYPE_CHECKING, Final, cast
+
+from modelswap.gateway import body as bodies
+from modelswap.gateway import headers, routes
+from modelswap.gateway.chunked import BadChunk, ChunkScanner
+from modelswap.gateway.exchange import Exchange
+from modelswap.gateway.headers import BadHead, RequestHead
+from modelswap.gateway.local import answer_locally
+from modelswap.gateway.routes import Route
+from modelswap.gateway.upstream import hang_up
+from modelswap.protocol import errors
+from modelswap.protocol.errors import OUTCOMES, Code, ModelswapError
+
+if TYPE_CHECKING:
+    from modelswap.gateway.worker import Worker
+
+SLOWEST_UPLOAD: Final = 65536
+"""Bytes a second above which a body may take longer than `gateway.header_timeout` to arrive."""
+LINGER_SECONDS: Final = 2.0
+"""How long the rest of a refused request is read and thrown away, so that its sender gets to read the answer."""
+MAX_PIPELINED: Final = 65536
+"""Bytes of further requests that are read while one is being answered."""
+
+_REASONS: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
+
+
+class _State(IntEnum):
+    IDLE = 0
+    HEAD = 1
+    BODY = 2
+    RUNNING = 3
+    LINGERING = 4
+    CLOSED = 5
+
+
+class Client(asyncio.Protocol):
+    """One client's connection."""
+
+    __slots__ = (
+        "_began",
+        "_buffer",
+        "_chunks",
+        "_consuming",
+        "_exchange",
+        "_head",
+        "_missing",
+        "_parts",
+        "_reading_paused",
+        "_received",
+        "_request_id",
+        "_route",
+        "_state",
+        "_until",
+        "_worker",
+        "keep_alive",
+        "transport",
+        "write_paused",
+    )
+
+    transport: asyncio.Transport
+    _head: RequestHead
+    _route: Route
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._state: _State = _State.IDLE
+        self._buffer = b""
+        self._exchange: Exchange | None = None
+        self._consuming = False
+        self._chunks: ChunkScanner | None = None
+        self._parts: list[bytes] = []
+        self._missing = 0
+        self._received = 0
+        self._began = 0.0
+        self._until = 0.0
+        self._request_id = b""
+        self._reading_paused = False
+        self.keep_alive = True
+        self.write_paused = False
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """What is being relayed for this client, if anything is."""
+        return self._exchange
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request has begun."""
+        return self._state is _State.IDLE
+
+    # ── asyncio's side ───────────────────────────────────────────────────────────────────────────────────
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        self.transport = cast("asyncio.Transport", transport)
+        self._until = monotonic() + self._worker.idle_timeout
+        self._worker.clients.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Take in what the client sends."""
+        state = self._state
+        if state == _State.RUNNING or self.write_paused:
+            self._buffer += data
+            if len(self._buffer) > MAX_PIPELINED and not self._reading_paused:
+                self._reading_paused = True
+                self.transport.pause_reading()
+        elif state < _State.RUNNING:
+            self._consume(data)
+
+    def eof_received(self) -> None:
+        """Free what was taken for this client: it will not read its answer."""
+        self._gone()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Free what was taken for this client."""
+        self._gone()
+        self._worker.lost(self)
+
+    def pause_writing(self) -> None:
+        """Have the engine wait: the client doesn't keep up."""
+        self.write_paused = True
+        self._until = monotonic() + self._worker.idle_timeout
+        if self._exchange is not None:
+            self._exchange.pause()
+
+    def resume_writing(self) -> None:
+        """Go on."""
+        self.write_paused = False
+        if self._exchange is not None:
+            self._exchange.resume()
+        elif self._state == _State.IDLE:
+            self._until = monotonic() + self._worker.idle_timeout
+            self._go_on()
+
+    # ── answering ────────────────────────────────────────────────────────────────────────────────────────
+
+    def write(self, data: bytes) -> None:
+        """Send bytes of a response."""
+        self.transport.write(data)
+
+    def answer(
+        self,
+        request_id: bytes,
+        status: int,
+        body: bytes,
+        *,
+        content_type: str = "application/json",
+        extra: Iterable[tuple[str, str]] = (),
+        with_body: bool = True,
+    ) -> None:
+        """Send a whole response of our own."""
+        more = "".join(f"{name}: {value}\r\n" for name, value in extra).encode()
+        connection = b"" if self.keep_alive else b"connection: close\r\n"
+        self.transport.write(
+            b"HTTP/1.1 %d %b\r\ncontent-type: %b\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b%b\r\n%b"
+            % (
+                status,
+                _REASONS.get(status, b""),
+                content_type.encode(),
+                len(body),
+                request_id,
+                more,
+                connection,
+                body if with_body else b"",
+            )
+        )
+
+    def answer_error(
+        self,
+        request_id: bytes,
+        status: int,
+        code: str,
+        message: str,
+        retry_after_ms: int | None,
+        should_retry: bool | None,
+    ) -> None:
+        """Send an error in OpenAI's shape, with the headers that say whether and when to come back."""
+        if self._worker.stopping:
+            self.keep_alive = False
+        extra = errors.retry_headers(retry_after_ms, should_retry)
+        self.answer(request_id, status, errors.body(code, message), extra=extra)
+
+    def over(self) -> None:
+        """Go on to the next request: the exchange has ended."""
+        self._exchange = None
+        if self._state is not _State.RUNNING:
+            return
+        if not self.keep_alive or self._worker.stopping:
+            self._close()
+            return
+        self._state = _State.IDLE
+        self._until = monotonic() + self._worker.idle_timeout
+        if self._buffer and not self._consuming:
+            self._go_on()
+
+    def close_if_idle(self) -> None:
+        """Close the connection unless a request is under way."""
+        if self._state is _State.IDLE:
+            self._close()
+
+    def expire(self, now: float) -> None:
+        """Act on whatever has taken too long by ``now``: idling, sending a request, or taking its answer."""
+        state = self._state
+        if state == _State.RUNNING:
+            if self.write_paused and now > self._until:
+                hang_up(self.transport, reset=True)
+        elif state in (_State.HEAD, _State.BODY):
+            if now > self._until + self._received / SLOWEST_UPLOAD:
+                self._refuse(Code.REQUEST_TIMEOUT, "The request took too long to arrive")
+        elif now > self._until:
+            if state == _State.IDLE and not self.write_paused:
+                self._close()
+            else:
+                hang_up(self.transport)
+
+    # ── inside ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _gone(self) -> None:
+        self._state = _State.CLOSED
+        self._buffer = b""
+        self._parts = []
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.abandon()
+
+    def _close(self) -> None:
+        if self._state is not _State.CLOSED:
+            self._state = _State.CLOSED
+            self.transport.close()
+
+    def _go_on(self) -> None:
+        data, self._buffer = self._buffer, b""
+        if self._reading_paused:
+            self._reading_paused = False
+            self.transport.resume_reading()
+        if data:
+            self._consume(data)
+
+    def _consume(self, data: bytes) -> None:
+        self._consuming = True
+        while data:
+            state = self._state
+            if state == _State.BODY:
+                data = self._take_body(data)
+            elif state < _State.BODY and not self.write_paused:
+                data = self._take_head(data)
+            else:
+                break
+        self._consuming = False
+        if data and self._state <= _State.RUNNING:
+            self._buffer = data
+
+    def _take_head(self, data: bytes) -> bytes:
+        if self._buffer:
+            data = self._buffer + data
+            self._buffer = b""
+        end = data.find(b"\r\n\r\n") + 4
+        worker = self._worker
+        if end < 4 or data[0] < 32:
+            data = data.lstrip(b"\r\n")
+            end = data.find(b"\r\n\r\n") + 4
+            if end < 4:
+                self._part_of_head(data)
+                return b""
+        now = monotonic()
+        if self._state is _State.IDLE:
+            self._began = now
+            self._received = 0
+        if end > worker.max_headers:
+            self._refuse(Code.HEADERS_TOO_LARGE, _too_large("The request's headers", worker.max_headers, "max_headers"))
+            return b""
+        try:
+            head = worker.heads.request(data[:end])
+        except BadHead as error:
+            self._refuse(Code.BAD_REQUEST, f"Not a valid HTTP/1.1 request: {error}")
+            return b""
+        self._request_id = head.request_id or worker.new_request_id()
+        self.keep_alive = head.keep_alive
+        length = head.length
+        if head.method != b"POST":
+            return self._answer_locally(head, data, end)
+        route = routes.inference(head.target)
+        if route is None:
+            return self._answer_locally(head, data, end)
+        if length > worker.max_body:
+            self._refuse(Code.BODY_TOO_LARGE, _too_large("The request's body", worker.max_body, "max_body"), route)
+            return b""
+        if length >= 0:
+            stop = end + length
+            if len(data) >= stop:
+                self._relay(head, route, data[end:stop])
+                return data[stop:]
+            self._missing = length
+            self._chunks = None
+        else:
+            self._chunks = ChunkScanner()
+        self._head = head
+        self._route = route
+        self._state = _State.BODY
+        self._until = self._began + worker.header_timeout
+        if head.expects and len(data) == end:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return data[end:]
+
+    def _part_of_head(self, data: bytes) -> None:
+        if not data:
+            return
+        worker = self._worker
+        if len(data) > worker.max_headers:
+            self._refuse(Code.HEADERS_TOO_LARGE, _too_large("The request's headers", worker.max_headers, "max_headers"))
+            return
+        if not 65 <= data[0] <= 90:
+            self._refuse(Code.BAD_REQUEST, "Not an HTTP/1.1 request (HTTPS is not spoken here)")
+            return
+        if self._state is _State.IDLE:
+            self._state = _State.HEAD
+            self._began = monotonic()
+            self._received = 0
+            self._until = self._began + worker.header_timeout
+        self._buffer = data
+
+    def _take_body(self, data: bytes) -> bytes:
+        self._received += len(data)
+        chunks = self._chunks
+        if chunks is None:
+            missing = self._missing
+            self._parts.append(data if len(data) <= missing else data[:missing])
+            self._missing = missing - len(data)
+            if self._missing > 0:
+                return b""
+            rest = data[missing:]
+        else:
+            before = len(self._parts)
+            try:
+                end = chunks.scan(data, self._parts)
+            except BadChunk as error:
+                self._refuse(Code.BAD_REQUEST, f"Not a valid chunked body: {error}")
+                return b""
+            self._missing += sum(map(len, self._parts[before:]))  # counts up, for chunked bodies
+            limit = self._worker.max_body
+            if self._missing > limit:
+                self._refuse(Code.BODY_TOO_LARGE, _too_large("The request's body", limit, "max_body"), self._route)
+                return b""
+            if end < 0:
+                return b""
+            rest = data[end:]
+        body = b"".join(self._parts)
+        self._parts = []
+        self._chunks = None
+        self._missing = 0
+        self._relay(self._head, self._route, body)
+        return rest
+
+    def _relay(self, head: RequestHead, route: Route, body: bytes) -> None:
+        self._state = _State.RUNNING
+        worker = self._worker
+        try:
+            call = bodies.read(body)
+            name = call.model
+            if type(name) is not str or not name:
+                raise ModelswapError("The request's body names no model", code=Code.MISSING_MODEL)
+        except ModelswapError as error:
+            coding = headers.find(b"\r\n".join(head.lines), b"content-encoding")
+            if coding is not None and error.code == Code.INVALID_JSON:
+                self._fail(Code.UNSUPPORTED_MEDIA_TYPE, "Compressed request bodies are not taken", route)
+            else:
+                self._fail(error.code, str(error), route)
+            return
+        exchange = self._exchange = Exchange(
+            self,
+            worker,
+            head,
+            route,
+            self._request_id,
+            name=name,
+            streams=call.stream is True,
+            body=body,
+            since=monotonic(),
+        )
+        exchange.start()
+
+    def _answer_locally(self, head: RequestHead, data: bytes, end: int) -> bytes:
+        self._state = _State.RUNNING
+        length = head.length
+        whole = 0 <= length <= len(data) - end
+        if not whole:
+            self.keep_alive = False  # its body is not worth waiting for
+        label, status, body, content_type, extra = answer_locally(self._worker, head.method, head.target)
+        self.answer(
+            self._request_id,
+            status,
+            body,
+            content_type=content_type,
+            extra=extra,
+            with_body=head.method != b"HEAD",
+        )
+        self._worker.metrics.series("", label).status(status).add()
+        if not whole:
+            self._linger()
+            return b""
+        self.over()
+        return data[end + length :]
+
+    def _fail(self, code: Code, message: str, route: Route | None) -> None:
+        outcome = OUTCOMES[code]
+        self.answer_error(self._request_id, outcome.status, code, message, outcome.retry_after_ms, outcome.should_retry)
+        self._worker.metrics.series("", route.label if route else routes.OTHER).status(outcome.status).add()
+        self.over()
+
+    def _refuse(self, code: Code, message: str, route: Route | None = None) -> None:
+        """Answer a request that has not come in whole; nothing after it on this connection can be read."""
+        self.keep_alive = False
+        self._state = _State.LINGERING
+        if not self._request_id:
+            self._request_id = self._worker.new_request_id()
+        self._fail(code, message, route)
+        self._linger()
+
+    def _linger(self) -> None:
+        # A socket closed with unread bytes in it resets the connection, and the answer may be lost with it.
+        self._state = _State.LINGERING
+        self._parts = []
+        self._buffer = b""
+        self._until = monotonic() + LINGER_SECONDS
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+
+def _too_large(what: str, limit: int, key: str) -> str:
+    return f"{what} may have {limit} bytes at most (gateway.{key})"

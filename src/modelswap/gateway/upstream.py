@@ -1,0 +1,388 @@
+"""Connections to engines, and the pool of them that belongs to one lease."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import Callable
+from enum import IntEnum
+from time import monotonic
+from typing import TYPE_CHECKING, Final, cast
+
+from modelswap.core.admission import Lease, LeaseState
+from modelswap.gateway.chunked import BadChunk, ChunkScanner
+from modelswap.gateway.headers import CHUNKED, BadHead, ResponseHead
+from modelswap.gateway.metrics import CONNECTS
+
+if TYPE_CHECKING:
+    from modelswap.gateway.exchange import Exchange
+    from modelswap.gateway.worker import Worker
+
+IDLE_SECONDS: Final = 4.0
+"""How long an idle connection is kept: less than any engine's own limit (uvicorn's is 5 s)."""
+IDLE_MARGIN: Final = 1.0
+"""How much earlier than the engine says a connection is given up."""
+CONNECT_SECONDS: Final = 10.0
+MAX_RESPONSE_HEAD: Final = 256 * 1024
+
+
+class _Mode(IntEnum):
+    IDLE = 0
+    HEAD = 1
+    LENGTH = 2
+    CHUNKED = 3
+    UNTIL_CLOSE = 4
+
+
+_IDLE, _HEAD, _LENGTH, _CHUNKED, _UNTIL_CLOSE = _Mode
+
+
+class Upstream(asyncio.Protocol):
+    """One connection to an engine; carries one exchange at a time."""
+
+    __slots__ = (
+        "_buffer",
+        "_chunks",
+        "_exchange",
+        "_keep",
+        "_left",
+        "_mode",
+        "_paused",
+        "_pool",
+        "_raw",
+        "fresh",
+        "idle_until",
+        "lost",
+        "transport",
+    )
+
+    transport: asyncio.Transport
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._exchange: Exchange | None = None
+        self._mode: _Mode = _IDLE
+        self._buffer = b""
+        self._chunks = ChunkScanner()
+        self._left = 0
+        self._keep: float | None = None
+        self._raw: Callable[[bytes], None] | None = None
+        self._paused = False
+        self.fresh = True
+        self.lost = False
+        self.idle_until = 0.0
+
+    # ── the exchange's side ──────────────────────────────────────────────────────────────────────────────
+
+    def send(self, exchange: Exchange, head: bytes, body: bytes) -> None:
+        """Send a request and hand its response to ``exchange``."""
+        self._exchange = exchange
+        self._mode = _HEAD
+        if len(body) < 32768:
+            self.transport.write(head + body)
+        else:
+            self.transport.writelines((head, body))
+
+    def pause(self) -> None:
+        """Read no more from the engine until `resume`: the client doesn't take it."""
+        if not self._paused and not self.lost:
+            self._paused = True
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read on."""
+        if self._paused:
+            self._paused = False
+            if not self.lost:
+                self.transport.resume_reading()
+
+    def drop(self) -> None:
+        """Close at once; nothing is heard of this connection any more."""
+        self._exchange = None
+        self._mode = _IDLE
+        if not self.lost:
+            hang_up(self.transport)
+
+    def splice(self, text: bytes) -> bytes | None:
+        """Return what ends the broken-off response properly with ``text`` as its last words, if that can be."""
+        if self._mode == _CHUNKED:
+            return self._chunks.splice(text)
+        return text if self._mode == _UNTIL_CLOSE else None
+
+    # ── asyncio's side ───────────────────────────────────────────────────────────────────────────────────
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        self.transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Pass a response on."""
+        mode = self._mode
+        if mode == _CHUNKED:
+            raw = self._raw
+            if raw is None:
+                self._decode(data)
+                return
+            try:
+                end = self._chunks.scan(data)
+            except BadChunk as error:
+                self._break(f"bad response from the engine: {error}")
+                return
+            if end < 0:
+                raw(data)
+            elif end == len(data):
+                raw(data)
+                self._finish()
+            else:
+                raw(data[:end])
+                self._keep = None
+                self._finish()
+        elif mode == _LENGTH:
+            left = self._left = self._left - len(data)
+            if left < 0:
+                data = data[:left]
+                self._keep = None
+            self._pass(data)
+            if left <= 0:
+                self._finish()
+        elif mode == _HEAD:
+            self._head(data)
+        elif mode == _UNTIL_CLOSE:
+            self._pass(data)
+        else:
+            # Nothing was asked: an engine that says 408 to an idle connection, or one that answers too long.
+            self._pool.forget(self)
+            self.drop()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the exchange, if there is one, what this means for it."""
+        self.lost = True
+        exchange = self._exchange
+        self._exchange = None
+        mode = self._mode
+        if exchange is None:
+            self._pool.forget(self)
+        elif mode == _HEAD:
+            reason = f"connection lost before the response: {exc or 'closed by the engine'}"
+            exchange.failed(reason, reused=not self.fresh and not self._buffer)
+        elif mode == _UNTIL_CLOSE and exc is None:
+            self._mode = _IDLE
+            exchange.complete()
+        else:
+            exchange.broken(f"the engine's connection broke off: {exc or 'closed by the engine'}", self)
+
+    # ── inside ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _head(self, data: bytes) -> None:
+        if self._buffer:
+            data = self._buffer + data
+        end = data.find(b"\r\n\r\n") + 4
+        exchange = self._exchange
+        assert exchange is not None  # noqa: S101 - for the type checker: _HEAD implies it
+        if end < 4:
+            self._buffer = data
+            if len(data) > MAX_RESPONSE_HEAD:
+                self._refuse("the engine's response head is too large")
+            return
+        try:
+            head = self._pool.worker.heads.response(data[:end])
+        except BadHead as error:
+            self._refuse(str(error))
+            return
+        status = head.status
+        if status < 200:
+            self._buffer = b""
+            if status == 101:
+                self._refuse("the engine switched protocols")
+            elif len(data) > end:
+                self._head(data[end:])
+            return
+        self._buffer = b""
+        self._keep = _idle_seconds(head)
+        length = head.length
+        raw = self._raw = exchange.begin(head)
+        rest = data[end:]
+        if length == CHUNKED:
+            self._mode = _CHUNKED
+            self._chunks = ChunkScanner()
+        elif length >= 0:
+            self._mode = _LENGTH
+            self._left = length
+        else:
+            self._mode = _UNTIL_CLOSE
+        if raw is None:
+            if rest or length == 0:
+                self.data_received(rest)
+            return
+        out = exchange.head_bytes
+        # The response's head and what came with it go out in one write.
+        if length == CHUNKED:
+            try:
+                ended = self._chunks.scan(rest)
+            except BadChunk as error:
+                raw(out)
+                self._break(f"bad response from the engine: {error}")
+                return
+            if ended >= 0:
+                if ended < len(rest):
+                    rest = rest[:ended]
+                    self._keep = None
+                raw(out + rest)
+                self._finish()
+                return
+        elif length >= 0:
+            left = self._left = length - len(rest)
+            if left <= 0:
+                if left < 0:
+                    rest = rest[:left]
+                    self._keep = None
+                raw(out + rest)
+                self._finish()
+                return
+        raw(out + rest)
+
+    def _decode(self, data: bytes) -> None:
+        payload: list[bytes] = []
+        try:
+            end = self._chunks.scan(data, payload)
+        except BadChunk as error:
+            self._break(f"bad response from the engine: {error}")
+            return
+        exchange = self._exchange
+        if payload and exchange is not None:
+            exchange.payload(b"".join(payload))
+        if end >= 0 and self._exchange is not None:
+            if end < len(data):
+                self._keep = None
+            self._finish()
+
+    def _pass(self, data: bytes) -> None:
+        if self._raw is not None:
+            self._raw(data)
+        elif data and self._exchange is not None:
+            self._exchange.payload(data)
+
+    def _finish(self) -> None:
+        exchange = self._exchange
+        if exchange is None:
+            return
+        self._exchange = None
+        self._mode = _IDLE
+        self._raw = None
+        if self._paused:
+            self.resume()
+        self._pool.put(self, self._keep)
+        exchange.complete()
+
+    def _refuse(self, reason: str) -> None:
+        exchange = self._exchange
+        self.drop()
+        if exchange is not None:
+            exchange.failed(reason, reused=False)
+
+    def _break(self, reason: str) -> None:
+        exchange = self._exchange
+        self.drop()
+        if exchange is not None:
+            exchange.broken(reason, None)  # its framing can't be trusted any more
+
+
+class Pool:
+    """The connections of one lease. Addresses get reused, so no connection outlives its lease."""
+
+    __slots__ = ("_connects", "_idle", "lease", "prefixes", "worker")
+
+    def __init__(self, worker: Worker, lease: Lease) -> None:
+        self.worker = worker
+        self.lease = lease
+        self.prefixes: dict[bytes, bytes] = {}
+        self._idle: list[Upstream] = []
+        self._connects = worker.metrics.number(CONNECTS, (("model", lease.model),))
+
+    def prefix(self, target: bytes) -> bytes:
+        """Return the first lines of every request for ``target``: request line, host, the engine's key."""
+        host, port = self.lease.address
+        name = f"[{host}]" if ":" in host else host
+        key = f"authorization: Bearer {self.lease.api_key}\r\n" if self.lease.api_key else ""
+        prefix = b"POST %b HTTP/1.1\r\n" % target + f"host: {name}:{port}\r\n{key}".encode()
+        if len(self.prefixes) < 64:
+            self.prefixes[target] = prefix
+        return prefix
+
+    def take(self, now: float) -> Upstream | None:
+        """Return the idle connection that was used last, if one is still good."""
+        idle = self._idle
+        while idle:
+            upstream = idle.pop()
+            if upstream.idle_until > now and not upstream.lost:
+                return upstream
+            upstream.drop()
+        return None
+
+    def put(self, upstream: Upstream, seconds: float | None) -> None:
+        """Keep a connection for ``seconds`` (not at all if None), unless its lease takes no more requests."""
+        if seconds is None or self.lease.state is not LeaseState.OPEN or upstream.lost:
+            upstream.drop()
+            return
+        upstream.fresh = False
+        upstream.idle_until = monotonic() + seconds
+        self._idle.append(upstream)
+
+    def forget(self, upstream: Upstream) -> None:
+        """Drop a connection from the idle ones: it has been closed."""
+        with contextlib.suppress(ValueError):
+            self._idle.remove(upstream)
+
+    def sweep(self, now: float) -> None:
+        """Close the connections that were idle for too long."""
+        if self._idle and self._idle[0].idle_until <= now:
+            good = [upstream for upstream in self._idle if upstream.idle_until > now]
+            old = [upstream for upstream in self._idle if upstream.idle_until <= now]
+            self._idle = good
+            for upstream in old:
+                upstream.drop()
+
+    def close_idle(self) -> None:
+        """Close every idle connection before this returns."""
+        idle, self._idle = self._idle, []
+        for upstream in idle:
+            upstream.drop()
+
+    async def connect(self) -> Upstream:
+        """Return a new connection. Raises `OSError` or `TimeoutError`."""
+        self._connects.add()
+        host, port = self.lease.address
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(CONNECT_SECONDS):
+            _, upstream = await loop.create_connection(lambda: Upstream(self), host, port)
+        return upstream
+
+
+def hang_up(transport: asyncio.BaseTransport, *, reset: bool = False) -> None:
+    """Close a connection at once, without sending what is still buffered; ``reset`` says so to the other side.
+
+    The event loop would close the socket only in its next round, and the lease protocol promises more than that.
+    """
+    handle = transport.get_extra_info("socket")
+    if handle is not None and handle.fileno() >= 0:
+        # uvloop hands out a stand-in that has no shutdown.
+        real = socket.socket(fileno=handle.fileno())
+        with contextlib.suppress(OSError):
+            if reset:
+                real.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            else:
+                real.shutdown(socket.SHUT_RDWR)
+        real.detach()
+    if not transport.is_closing():
+        cast("asyncio.Transport", transport).abort()
+
+
+def _idle_seconds(head: ResponseHead) -> float | None:
+    if not head.keep_alive:
+        return None
+    if head.idle is None:
+        return IDLE_SECONDS
+    seconds = min(IDLE_SECONDS, head.idle - IDLE_MARGIN)
+    return seconds if seconds > 0 else None
