@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,15 @@ async def host(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
     yield host
     await host.process_runtime.sweep(set())
     assert await host.process_runtime.sweep(set()) == []
+
+
+@pytest.fixture
+def stranger() -> Iterator[subprocess.Popen[bytes]]:
+    """Give a process that is none of ours, leading a session of its own."""
+    script = "import time, sys; print(flush=True); time.sleep(1000)"
+    argv = [sys.executable, "-S", "-E", "-c", script]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, start_new_session=True) as popen:
+        assert popen.stdout is not None
+        popen.stdout.read(1)
+        yield popen
+        popen.kill()

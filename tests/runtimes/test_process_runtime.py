@@ -7,7 +7,6 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from signal import Signals
 from typing import TYPE_CHECKING
@@ -18,11 +17,10 @@ import pytest
 import uvloop
 
 from modelswap.engines.base import Address, Launch
-from modelswap.runtimes import process, procfs
-from modelswap.runtimes.base import Exit, Running, StartFailed, StartOrder, Unkillable
+from modelswap.runtimes import process
+from modelswap.runtimes.base import Exit, Running, StartOrder, Unkillable
 from modelswap.runtimes.portable import PsutilTable
 from modelswap.runtimes.process import ProcessRuntime
-from modelswap.runtimes.processes import Ids, ProcessTable, system_table
 from modelswap.runtimes.procfs import PidfdHandle, ProcfsTable
 
 if TYPE_CHECKING:
@@ -39,18 +37,6 @@ def _order(launch: Launch) -> StartOrder:
 
 def _nothing(table: object, pid: int) -> None:
     pass
-
-
-@pytest.fixture
-def stranger() -> Iterator[subprocess.Popen[bytes]]:
-    """Give a process that is none of ours, leading a session of its own."""
-    script = "import time, sys; print(flush=True); time.sleep(1000)"
-    argv = [sys.executable, "-S", "-E", "-c", script]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, start_new_session=True) as popen:
-        assert popen.stdout is not None
-        popen.stdout.read(1)
-        yield popen
-        popen.kill()
 
 
 async def test_an_engine_is_on_its_own(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -300,166 +286,3 @@ async def test_what_survives_sigkill_is_told(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(Unkillable):
             await runtime.sweep(set())
     assert await runtime.stop(running, 0) == Exit(-9, killed=True)
-
-
-async def test_births_outlast_a_change_of_the_clock(tmp_path: Path) -> None:
-    """A process is the same one for a runtime that started after the machine's clock was set."""
-    runtime = ProcessRuntime(tmp_path, 1024)
-    known = procfs.boot(tmp_path)
-    # The kernel would now say another boot time than the one written down.
-    shifted = msgspec.structs.replace(known, seconds=known.seconds - 5000)
-    (tmp_path / "boot.json").write_bytes(msgspec.json.encode(shifted))
-    early = ProcessRuntime(tmp_path, 1024)
-    running = await early.start(_order(Launch((sys.executable, "-S", "-c", "import time; time.sleep(1000)"), {})))
-    assert await ProcessRuntime(tmp_path, 1024).instances() == [running]
-    assert await runtime.wait(running) == Exit(None)
-    assert await early.stop(running, 0) == Exit(-9, killed=True)
-
-
-def test_another_boot_is_noticed(tmp_path: Path) -> None:
-    """What was written down in an earlier boot, or is garbage, is replaced."""
-    known = procfs.boot(tmp_path)
-    for stale in (msgspec.json.encode(msgspec.structs.replace(known, id="earlier", seconds=1)), b"garbage"):
-        (tmp_path / "boot.json").write_bytes(stale)
-        assert abs(procfs.boot(tmp_path).seconds - known.seconds) <= 1
-        assert procfs.boot(tmp_path) == procfs.boot(tmp_path)
-
-
-@pytest.mark.parametrize("make", [ProcfsTable, lambda _: PsutilTable()], ids=["procfs", "psutil"])
-async def test_a_table_looks_past_processes_that_are_gone(
-    tmp_path: Path, make: Callable[[Path], ProcessTable], stranger: subprocess.Popen[bytes]
-) -> None:
-    """Asking for a process that has gone, also while one looks, returns nothing and raises nothing."""
-    table = make(tmp_path)
-    born = table.born(stranger.pid)
-    held = table.open(stranger.pid, born)
-    assert held is not None and not held.ended()
-    stranger.kill()
-    await held.wait()
-    assert table.environ(stranger.pid) is None
-    stranger.wait()
-    held.signal(Signals.SIGTERM)
-    assert held.ended()
-    held.close()
-    assert table.open(stranger.pid) is None
-    assert table.open(stranger.pid, born) is None
-    assert table.born(stranger.pid) is None
-    assert table.environ(stranger.pid) is None
-    assert not table.listens(SOMEWHERE, stranger.pid, list)
-    assert str(stranger.pid) in table.describe(stranger.pid)
-
-
-async def test_a_process_that_may_not_be_signalled_is_told(
-    tmp_path: Path, stranger: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What psutil calls denied access is a `PermissionError`, as with pidfds."""
-
-    def refuse(one: psutil.Process, number: int) -> None:
-        raise psutil.AccessDenied(one.pid)
-
-    handle = PsutilTable().open(stranger.pid)
-    assert handle is not None
-    monkeypatch.setattr(psutil.Process, "send_signal", refuse)
-    with pytest.raises(PermissionError):
-        handle.signal(Signals.SIGTERM)
-
-
-def test_other_systems_have_psutils_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without ``/proc``, processes are looked at through psutil."""
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert isinstance(system_table(tmp_path), PsutilTable)
-
-
-@pytest.mark.parametrize(
-    "environ",
-    [
-        {},
-        {"MODELSWAP_INSTANCE": "one", "MODELSWAP_STATE": "/state"},
-        {"MODELSWAP_INSTANCE": "one", "MODELSWAP_STATE": "/state", "MODELSWAP_ADDRESS": "127.0.0.1:http"},
-        {"MODELSWAP_STATE": "/state", "MODELSWAP_ADDRESS": "127.0.0.1:1"},
-    ],
-)
-def test_ids_that_are_not_whole_are_none(environ: dict[str, str]) -> None:
-    """A process that carries only part of our variables is not taken for ours."""
-    assert Ids.of_environ(environ) is None
-
-
-@pytest.mark.parametrize("host_name", ["127.0.0.1", "::1"])
-def test_ids_come_back_as_they_went_out(host_name: str) -> None:
-    """What an instance carries says all that must be known to take it over."""
-    ids = Ids("one", "some/model", "digest", Address(host_name, 1234), "/state")
-    assert Ids.of_environ(ids.variables()) == ids
-
-
-@pytest.mark.parametrize(
-    ("argv", "cwd", "words"),
-    [
-        (("no-such-program",), None, "no program 'no-such-program' on the engine's PATH .* install it"),
-        (("./no-such-program",), None, "no program ./no-such-program; install it"),
-        (("plain",), "", "may not be run by this user"),
-        (("./plain",), "", "may not be run by this user"),
-        (("./homeless",), "", "interpreter in its first line"),
-        (("./shapeless",), "", "another architecture, or a script without #!"),
-        ((sys.executable,), "missing", "working folder .*missing is not there"),
-        ((), None, "command is empty"),
-        ((sys.executable, "x" * 3_000_000), None, "too long"),
-        ((sys.executable, "nul\0"), None, "can't be started: embedded null byte"),
-    ],
-)
-async def test_failed_starts_name_their_remedy(
-    tmp_path: Path, argv: tuple[str, ...], cwd: str | None, words: str
-) -> None:
-    """Every way in which a program can't be started says what to do, and leaves nothing behind."""
-    for name, mode, text in (
-        ("plain", 0o600, "x"),
-        ("homeless", 0o700, "#!/no/such/interpreter\n"),
-        ("shapeless", 0o700, "no program\n"),
-    ):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(mode)
-    runtime = ProcessRuntime(tmp_path / "state", 1024)
-    launch = Launch(argv, {"PATH": str(tmp_path)}, cwd=None if cwd is None else str(tmp_path / cwd))
-    with pytest.raises(StartFailed, match=words):
-        await runtime.start(_order(launch))
-    assert await runtime.instances() == []
-
-
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [
-        (errno.ENOSPC, "no space left for the engine's log .*; free some"),
-        (errno.EACCES, "may not be written; check the permissions"),
-        (errno.EMFILE, "raise ulimit -n"),
-        (errno.EIO, "can't be opened"),
-    ],
-)
-async def test_a_log_that_cant_be_opened_fails_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
-) -> None:
-    """An engine is not started without its log, and the message says what to do about that."""
-    runtime = ProcessRuntime(tmp_path, 1024)
-
-    def refuse(path: object, flags: int, mode: int = 0o777) -> int:
-        raise OSError(number, os.strerror(number))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "open", refuse)
-        with pytest.raises(StartFailed, match=words):
-            await runtime.start(_order(Launch((sys.executable,), {})))
-
-
-@pytest.mark.parametrize(
-    ("number", "words"), [(errno.EAGAIN, "ulimit -u"), (errno.ENOMEM, "free memory"), (errno.ENFILE, "ulimit -n")]
-)
-async def test_a_system_without_room_fails_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
-) -> None:
-    """Limits of the system are named with the command that shows them."""
-    runtime = ProcessRuntime(tmp_path, 1024)
-
-    def refuse(*args: object, **options: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(subprocess, "Popen", refuse)
-    with pytest.raises(StartFailed, match=words):
-        await runtime.start(_order(Launch((sys.executable,), {})))
