@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -102,7 +103,7 @@ class OpenVino:
     def diagnose(self, exit_code: int | None, log: Sequence[str]) -> Diagnosis:
         """Look for the known causes, which the server names itself; else for the last error line."""
         found = explain(_CAUSES, exit_code, log)
-        if exit_code in {-4, -6, -7, -11} and not found.permanent:
+        if exit_code in {-signal.SIGSEGV, -signal.SIGBUS}:
             remedy = f"the model's file may be damaged; if it isn't, remove {_cache(self._env)} and try again"
             return Diagnosis(f"{found.reason}; {remedy}", permanent=True)
         return found

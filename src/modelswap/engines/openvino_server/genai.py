@@ -37,7 +37,7 @@ class GenAi:
     def __init__(self, pipeline: Any, context: int | None) -> None:
         self._pipeline = pipeline
         self._tokenizer = pipeline.get_tokenizer()
-        self._context = context
+        self.context = context
 
     def generate(self, prompt: Prompt, params: Params, on_text: Callable[[str], bool]) -> Result:
         """See `Pipeline.generate`."""
@@ -45,9 +45,9 @@ class GenAi:
         length = int(inputs.input_ids.shape[1])
         if length == 0:
             raise InvalidPrompt("the prompt is empty")
-        if self._context is not None and length >= self._context:
-            raise InvalidPrompt(f"the prompt's {length} tokens don't fit the model's context of {self._context}")
-        room = params.max_tokens if self._context is None else min(params.max_tokens, self._context - length)
+        if self.context is not None and length >= self.context:
+            raise InvalidPrompt(f"the prompt's {length} tokens don't fit the model's context of {self.context}")
+        room = params.max_tokens if self.context is None else min(params.max_tokens, self.context - length)
         streamer = _Streamer(Detokenizer(self._decode), on_text)
         results = self._pipeline.generate(inputs, self._config(params, room), streamer)
         if not streamer.stopped and (rest := streamer.detokenizer.flush()):

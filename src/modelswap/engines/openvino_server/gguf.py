@@ -52,7 +52,7 @@ def read(path: Path) -> Facts:
                 head = _Reader(data)
                 facts = head.facts()
                 needed = head.needed()
-            except (struct.error, UnicodeDecodeError, IndexError):
+            except (struct.error, UnicodeDecodeError, LookupError, OverflowError):
                 raise CannotLoad(f"the GGUF file is damaged or ends too early ({size} bytes): fetch it again") from None
     if size < needed:
         raise CannotLoad(f"the GGUF file ends too early ({size} bytes of {needed}): fetch it again")
