@@ -49,7 +49,7 @@ async def serve(
         device = await asyncio.to_thread(open_device, config.device)  # a driver may take seconds to begin
         stack.push_async_callback(device.aclose)
         parts = Parts(
-            runtime=ProcessRuntime(folder, int(config.orchestrator.log_size)),
+            runtime=ProcessRuntime(folder, int(config.orchestrator.log_size), ports=config.orchestrator.ports),
             device=device,
             engine_for=engine_for,
             load=load,

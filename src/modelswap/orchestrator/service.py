@@ -306,6 +306,7 @@ def _changes(before: Configured, after: Configured) -> dict[str, list[str]]:
         "orchestrator.host": (before.config.orchestrator.host, after.config.orchestrator.host),
         "orchestrator.port": (before.config.orchestrator.port, after.config.orchestrator.port),
         "orchestrator.state_dir": (before.config.orchestrator.state_dir, after.config.orchestrator.state_dir),
+        "orchestrator.engine_ports": (before.config.orchestrator.ports, after.config.orchestrator.ports),
         "orchestrator.log_size": (before.config.orchestrator.log_size, after.config.orchestrator.log_size),
     }
     return {

@@ -133,8 +133,24 @@ class Orchestrator(Strict):
     """How long a gateway may be silent before its leases are broken."""
     state_dir: Location | None = None
     """Journal, database, engine logs, token. Default: `$XDG_STATE_HOME/modelswap`."""
+    engine_ports: Annotated[str, Field(pattern=r"^[0-9]{1,5}-[0-9]{1,5}$")] | None = None
+    """Loopback ports for engines, `first-last`. Default: 10,000 outside the kernel's ephemeral range."""
     log_size: Bytes = ByteSize(16 * 1024 * 1024)
     """An engine's log file is rotated at this size; three are kept per model."""
+
+    @property
+    def ports(self) -> range | None:
+        """The ports of `engine_ports`; None for the default."""
+        if self.engine_ports is None:
+            return None
+        first, last = map(int, self.engine_ports.split("-"))
+        return range(first, last + 1)
+
+    @model_validator(mode="after")
+    def _ports_are_a_range(self) -> Orchestrator:
+        if self.ports is not None and (not self.ports or not 0 < self.ports[0] <= self.ports[-1] <= 65535):
+            raise ValueError("'engine_ports' is FIRST-LAST, both in 1..65535 and the first not after the last")
+        return self
 
 
 class Scheduling(Strict):
