@@ -1,0 +1,96 @@
+"""The truth about engines: which one listens where, what runs on it, who holds device memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from modelswap.simulator.traffic import Request, claim
+
+Address = tuple[str, int]
+HOST = "127.0.0.1"
+
+
+@dataclass(slots=True, eq=False)
+class Engine:
+    """One start of an engine; it listens from its start on, but answers only when ``ready``."""
+
+    instance: str
+    model: str
+    definition: str
+    device: str
+    demand: int
+    address: Address
+    slots: int
+    ready: bool = False
+    alive: bool = True
+    disturbed: bool = False
+    """A gateway may use it without the orchestrator knowing, so it may have more to do than it has slots."""
+    running: dict[int, Request] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Machine:
+    """Engines, addresses, device memory.
+
+    A new engine gets the address that was left last. An engine's memory comes back only some time after its end:
+    until `release`, it counts as ``unreleased``.
+    """
+
+    capacity: dict[str, int]
+    engines: dict[str, Engine] = field(default_factory=dict)
+    unreleased: dict[str, int] = field(default_factory=dict)
+    _free: list[int] = field(default_factory=list)
+    _ports: int = 0
+
+    def start(self, instance: str, model: str, definition: str, device: str | None, demand: int, slots: int) -> Engine:
+        """Start an engine; its memory must be free."""
+        if self._free:
+            port = self._free.pop()
+        else:
+            self._ports += 1
+            port = self._ports
+        place = device or f"beside:{instance}"
+        engine = Engine(instance, model, definition, place, demand, (HOST, port), slots)
+        if device is not None:
+            held = sum(other.demand for other in self.engines.values() if other.device == device)
+            held += self.unreleased.get(device, 0)
+            claim(
+                held + demand <= self.capacity[device],
+                f"{instance} started on {device}, where {held} of {self.capacity[device]} are held",
+            )
+        claim(instance not in self.engines, f"{instance} was started twice")
+        self.engines[instance] = engine
+        return engine
+
+    def die(self, instance: str) -> list[Request]:
+        """End an engine's process; returns what ran on it. Its record stays until `bury`."""
+        engine = self.engines[instance]
+        engine.alive = engine.ready = False
+        cut = list(engine.running.values())
+        engine.running.clear()
+        return cut
+
+    def bury(self, instance: str) -> list[Request]:
+        """Forget an engine, killing it if need be; its address is free from now on. Returns what ran on it."""
+        engine = self.engines.get(instance)
+        if engine is None:
+            return []
+        cut = self.die(instance)
+        del self.engines[instance]
+        self._free.append(engine.address[1])
+        if engine.device in self.capacity:
+            self.unreleased[engine.device] = self.unreleased.get(engine.device, 0) + engine.demand
+        return cut
+
+    def release(self, device: str) -> None:
+        """Give back the memory of all engines that have ended."""
+        self.unreleased.pop(device, None)
+
+    def at(self, address: Address) -> Engine | None:
+        """Return the engine that listens at an address."""
+        return next((e for e in self.engines.values() if e.alive and e.address == address), None)
+
+    def find(self, accepts: Callable[[Engine], bool]) -> list[Engine]:
+        """Return the engines that are as asked."""
+        return [engine for engine in self.engines.values() if accepts(engine)]

@@ -1,0 +1,437 @@
+"""The world: one scheduler, its shell, gateways, engines. After every step it asserts what must hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from modelswap.core import effects, events
+from modelswap.core.admission import Admission
+from modelswap.core.facts import DeviceFacts, ModelFacts, Settings
+from modelswap.core.policy import Policy
+from modelswap.core.scheduler import Scheduler
+from modelswap.core.states import InstanceState
+from modelswap.core.swap import SwapRecord
+from modelswap.protocol.codec import decode_from_gateway, decode_from_orchestrator, encode
+from modelswap.protocol.errors import Code
+from modelswap.protocol.messages import CatalogModel, Hello, OrchestratorMessage
+from modelswap.simulator.gateway import Gateway
+from modelswap.simulator.links import Link, Nobody, Observer
+from modelswap.simulator.machine import Machine
+from modelswap.simulator.tasks import Kind, Task
+from modelswap.simulator.traffic import Outcome, Request, Violation, claim
+
+DEVICE = "gpu0"
+_OPENED = frozenset({InstanceState.READY, InstanceState.DRAINING})
+
+
+def model(name: str, *, slots: int = 1, device: str | None = DEVICE) -> ModelFacts:
+    """Return a model's facts."""
+    return ModelFacts(name=name, definition="v1", device=device, slots=slots, listing=CatalogModel(name=name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What a world is made of. ``wire``: messages go through JSON. ``policy`` None: the scheduler's own."""
+
+    models: tuple[ModelFacts, ...]
+    gateways: tuple[str, ...] = ("g0",)
+    settings: Settings = field(default_factory=Settings)
+    capacity: int = 1
+    policy: Policy | None = None
+    wire: bool = False
+    heard: Callable[[OrchestratorMessage], bool] | None = None
+    """Which messages are carried to gateways at all; None: every one."""
+
+
+@dataclass(slots=True, eq=False)
+class Start:
+    """What the journal and the process table would tell the next orchestrator of an instance."""
+
+    model: str
+    definition: str
+    state: InstanceState
+
+
+class System:
+    """All parts, and the steps that can happen to them. Time is whatever the driver sets ``now`` to, in seconds."""
+
+    def __init__(self, setup: Setup, observer: Observer | None = None) -> None:
+        self.setup = setup
+        self.observer = observer if observer is not None else Nobody()
+        self.now = 0.0
+        self.generation = 0
+        self.scheduler: Scheduler | None = None
+        self.machine = Machine({DEVICE: setup.capacity})
+        self.gateways: dict[str, Gateway] = {}
+        self.links: dict[str, Link] = {}
+        """The connection of each gateway whose hello the scheduler has seen last."""
+        self.arriving: list[Link] = []
+        """All connections that still have something to deliver to the orchestrator, oldest first."""
+        self.tasks: dict[int, Task] = {}
+        self.requests: dict[int, Request] = {}
+        self.swaps: list[SwapRecord] = []
+        self.answers: list[effects.Answer] = []
+        self.finished = False
+        self._journal: dict[str, Start] = {}
+        self._known: dict[str, float] = {}
+        """Gateways in the journal, and when each went (infinite: it hasn't)."""
+        self._numbers = 0
+        self._facts = {facts.name: facts for facts in setup.models}
+        for name in setup.gateways:
+            self.new_gateway(name)
+        self.start_orchestrator()
+
+    # ── gateways and their connections ───────────────────────────────────────────────────────────────────
+
+    def new_gateway(self, name: str) -> None:
+        """Start a worker process."""
+        offset = 1000.0 * (1 + len(self.gateways))
+        gateway = Gateway(name, offset, self.machine, self.observer, Admission(name), alone_since=self.now)
+        gateway.next_tick = self.now
+        self.gateways[name] = gateway
+
+    def connect(self, name: str) -> None:
+        """Have a gateway make its connection and say hello."""
+        gateway = self.gateways[name]
+        claim(self.scheduler is not None and gateway.wants_link and not gateway.stopped, f"{name} can't connect")
+        link = Link(name, self._number())
+        self.arriving.append(link)
+        gateway.connect(link, self.now)
+
+    def drop(self, name: str) -> None:
+        """Break a gateway's connection; what is on its way in either direction is lost."""
+        link = self.gateways[name].link
+        claim(link is not None, f"{name} has no connection")
+        if link is not None:
+            self._close(link)
+            self.gateways[name].closed(self.now)
+
+    def kill_gateway(self, name: str) -> None:
+        """Kill a worker process, and start a new one."""
+        gateway = self.gateways[name]
+        if gateway.link is not None and gateway.link.lost_at is None:
+            self._close(gateway.link)
+        gateway.die(self.now)
+        self.new_gateway(name)
+
+    def notice_loss(self, link: Link) -> None:
+        """Let the orchestrator see that a connection is closed."""
+        self.arriving.remove(link)
+        if self.links.get(link.gateway) is link:
+            del self.links[link.gateway]
+            self._known[link.gateway] = self.now
+            self.handle(events.GatewayLost(at=self.now, gateway=link.gateway))
+
+    def deliver_up(self, link: Link) -> None:
+        """Give the orchestrator the next message of a connection."""
+        _, message = link.up.popleft()
+        if self.setup.wire:
+            message = decode_from_gateway(encode(message))
+        if isinstance(message, Hello):
+            before = self.links.get(link.gateway)
+            self.links[link.gateway] = link
+            self._known[link.gateway] = float("inf")
+            if before is not None and before is not link:
+                self._drop_old(before)
+        if self.links.get(link.gateway) is link:
+            self.handle(events.GatewaySaid(at=self.now, gateway=link.gateway, message=message))
+
+    def deliver_down(self, name: str) -> None:
+        """Give a gateway the next message of its connection."""
+        gateway = self.gateways[name]
+        claim(gateway.link is not None and not gateway.stopped, f"{name} can't read")
+        if gateway.link is not None:
+            _, message = gateway.link.down.popleft()
+            gateway.receive(decode_from_orchestrator(encode(message)) if self.setup.wire else message, self.now)
+            self.check()
+
+    # ── requests ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def request(self, gateway: str, model: str, agent: int | None = None) -> Request:
+        """Have a client ask."""
+        request = Request(len(self.requests), gateway, model, self.now, agent)
+        self.requests[request.id] = request
+        self.gateways[gateway].arrive(request, self.now)
+        self.check()
+        return request
+
+    def finish(self, request: Request) -> None:
+        """Have an engine complete a response."""
+        engine = self.running_on(request.id)
+        claim(engine is not None, f"request {request.id} doesn't run")
+        if engine is not None:
+            del self.machine.engines[engine].running[request.id]
+            self.gateways[request.gateway].finished(request, self.now, well=True)
+            self.check()
+
+    def leave(self, request: Request) -> None:
+        """Have a client go away."""
+        self.gateways[request.gateway].leave(request, self.now)
+        self.check()
+
+    def running_on(self, request: int) -> str | None:
+        """Return the instance that a request runs on."""
+        return next((e.instance for e in self.machine.engines.values() if request in e.running), None)
+
+    # ── the orchestrator ─────────────────────────────────────────────────────────────────────────────────
+
+    def start_orchestrator(self) -> None:
+        """Start an orchestrator: it adopts what runs, kills strays, begins."""
+        self.generation += 1
+        self.scheduler = Scheduler(self.generation, self.setup.policy)
+        self.handle(
+            events.Configure(
+                at=self.now,
+                models=self.setup.models,
+                devices=(DeviceFacts(DEVICE, self.setup.capacity),),
+                settings=self.setup.settings,
+            )
+        )
+        adopted = []
+        for instance in list(self.machine.engines):
+            engine = self.machine.engines[instance]
+            start = self._journal.get(instance)
+            if start is None or not engine.alive or start.state not in {InstanceState.STARTING, *_OPENED}:
+                self._bury(instance)
+            else:
+                adopted.append((start, engine))
+        self._journal = {engine.instance: start for start, engine in adopted}
+        for start, engine in adopted:
+            self.handle(
+                events.Adopted(
+                    at=self.now,
+                    instance=engine.instance,
+                    model=engine.model,
+                    definition=engine.definition,
+                    host=engine.address[0],
+                    port=engine.address[1],
+                    slots=engine.slots,
+                    ready=start.state in _OPENED,
+                )
+            )
+        expected = frozenset(name for name, went in self._known.items() if self.now - went < self.setup.settings.term)
+        self.handle(events.Begin(at=self.now, expected=expected))
+
+    def kill_orchestrator(self) -> None:
+        """Kill the orchestrator: connections close, its tasks end, engines go on."""
+        self.scheduler = None
+        self.tasks.clear()
+        self.links.clear()
+        self.arriving.clear()
+        for gateway in self.gateways.values():
+            if gateway.link is not None and gateway.link.lost_at is None:
+                gateway.link.up.clear()
+                gateway.link.down.clear()
+                gateway.link.lost_at = self.now
+                gateway.closed(self.now)
+        self.check()
+
+    def tick(self) -> None:
+        """Tell the scheduler that time has passed."""
+        self.handle(events.Tick(at=self.now))
+
+    def handle(self, event: events.Event) -> None:
+        """Give the scheduler an event and carry out what it wants."""
+        if self.scheduler is None:
+            return
+        for effect in self.scheduler.handle(event):
+            self._carry(effect)
+        self._watch_strangers()
+        self.check()
+
+    def complete(self, task: Task, *, well: bool = True) -> None:
+        """End a task of the shell (``well``: as hoped)."""
+        del self.tasks[task.id]
+        match task.kind:
+            case Kind.BRING_IN:
+                self._brought_in(task, well=well)
+            case Kind.PUT_OUT if well:
+                self._bury(task.subject)
+                self.handle(events.PutOut(at=self.now, instance=task.subject))
+            case Kind.PUT_OUT:
+                self.handle(events.PutOutFailed(at=self.now, instance=task.subject, message="can't be killed"))
+                self._begin(Kind.PUT_OUT, task.subject, task.model)
+            case Kind.VERIFY if well:
+                self.machine.release(task.subject)
+                self.handle(events.Released(at=self.now, device=task.subject))
+            case Kind.VERIFY:
+                self._begin(Kind.VERIFY, task.subject, task.model)
+                self.handle(events.ReleaseFailed(at=self.now, device=task.subject, message="still held"))
+            case Kind.PROBE:
+                engine = self.machine.engines.get(task.subject)
+                healthy = engine is not None and engine.ready
+                self.handle(events.Probed(at=self.now, instance=task.subject, healthy=healthy, message="it is gone"))
+            case Kind.NOTICE_DEATH:
+                self.handle(events.Died(at=self.now, instance=task.subject, message="exited with status 1"))
+
+    def kill_engine(self, instance: str) -> None:
+        """Have an engine die by itself."""
+        engine = self.machine.engines[instance]
+        watched = engine.ready
+        self._cut(self.machine.die(instance))
+        if self.scheduler is not None and watched and not self._task_of(instance, Kind.PUT_OUT):
+            self._begin(Kind.NOTICE_DEATH, instance, engine.model)
+        self.check()
+
+    # ── what must hold ───────────────────────────────────────────────────────────────────────────────────
+
+    def check(self) -> None:
+        """Assert it; raises `AssertionError`."""
+        if self.scheduler is not None:
+            self.scheduler.check()
+        for gateway in self.gateways.values():
+            running: dict[int, int] = {}
+            for _, lease in gateway.running.values():
+                running[id(lease)] = running.get(id(lease), 0) + 1
+            for lease in gateway.admission.leases:
+                claim(lease.in_flight == running.pop(id(lease), 0), f"{gateway.name} miscounts under {lease}")
+            claim(not running, f"{gateway.name} forgot a lease under which requests run")
+            claim(gateway.admission.waiting == len(gateway.waiting), f"{gateway.name} lost a ticket")
+
+    def unresolved(self) -> list[Request]:
+        """Return the requests that have no outcome yet."""
+        return [request for request in self.requests.values() if request.outcome is None]
+
+    # ── inside ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _number(self) -> int:
+        self._numbers += 1
+        return self._numbers
+
+    def _close(self, link: Link) -> None:
+        link.up.clear()
+        link.down.clear()
+        link.lost_at = self.now
+        if link not in self.arriving:
+            raise Violation("a connection that nobody knows")
+
+    def _drop_old(self, link: Link) -> None:
+        """Forget a connection whose gateway made a new one before its end was noticed."""
+        self._close(link)
+        self.arriving.remove(link)
+        gateway = self.gateways[link.gateway]
+        if gateway.link is link:
+            gateway.closed(self.now)
+
+    def _begin(self, kind: Kind, subject: str, model: str, *, kill: bool = False) -> None:
+        task = Task(self._number(), kind, subject, model, kill)
+        self.tasks[task.id] = task
+        self.observer.began(task)
+
+    def _task_of(self, subject: str, *kinds: Kind) -> Task | None:
+        return next((t for t in self.tasks.values() if t.subject == subject and t.kind in kinds), None)
+
+    def _carry(self, effect: effects.Effect) -> None:
+        match effect:
+            case effects.Say():
+                link = self.links.get(effect.gateway)
+                heard = self.setup.heard
+                if link is not None and link.lost_at is None and (heard is None or heard(effect.message)):
+                    link.down.append((self.now, effect.message))
+                    self.observer.said(link, up=False)
+            case effects.Disconnect():
+                link = self.links.pop(effect.gateway, None)
+                self._known[effect.gateway] = self.now
+                if link is not None:
+                    self.arriving.remove(link)
+                    gateway = self.gateways[effect.gateway]
+                    if link.lost_at is None and gateway.link is link:
+                        link.up.clear()
+                        link.down.clear()
+                        link.lost_at = self.now
+                        gateway.closed(self.now)
+            case effects.Transitioned():
+                self._journalled(effect)
+            case effects.BringIn():
+                if not effect.adopted:
+                    facts = self._facts[effect.model]
+                    self.machine.start(
+                        effect.instance, effect.model, effect.definition, facts.device, facts.demand, facts.slots
+                    )
+                self._begin(Kind.BRING_IN, effect.instance, effect.model)
+            case effects.PutOut():
+                self._put_out(effect)
+            case effects.VerifyReleased():
+                self._begin(Kind.VERIFY, effect.device, effect.model)
+            case effects.Probe():
+                self._begin(Kind.PROBE, effect.instance, effect.model)
+            case effects.Watch():
+                if not self.machine.engines[effect.instance].alive:
+                    self._begin(Kind.NOTICE_DEATH, effect.instance, effect.model)
+            case effects.SwapEnded():
+                self.swaps.append(effect.record)
+            case effects.Answer():
+                self.answers.append(effect)
+            case effects.Finished():
+                self.finished = True
+            case _:
+                pass
+
+    def _journalled(self, effect: effects.Transitioned) -> None:
+        if effect.after is InstanceState.ABSENT:
+            self._journal.pop(effect.instance, None)
+        else:
+            self._journal[effect.instance] = Start(effect.model, effect.definition, effect.after)
+
+    def _put_out(self, effect: effects.PutOut) -> None:
+        while (
+            task := self._task_of(effect.instance, Kind.BRING_IN, Kind.PROBE, Kind.NOTICE_DEATH)
+        ) and task.kind is not Kind.PROBE:
+            del self.tasks[task.id]
+        if not effect.kill:
+            self._claim_drained(effect.instance)
+        self._begin(Kind.PUT_OUT, effect.instance, effect.model, kill=effect.kill)
+
+    def _claim_drained(self, instance: str) -> None:
+        """Assert that nothing runs on an instance that the orchestrator could know of."""
+        engine = self.machine.engines[instance]
+        for request in engine.running.values():
+            gateway = self.gateways[request.gateway]
+            known = self.links.get(request.gateway)
+            claim(
+                known is None or known is not gateway.link,
+                f"{instance} is stopped while request {request.id} of {request.gateway} runs on it",
+            )
+
+    def _brought_in(self, task: Task, *, well: bool) -> None:
+        engine = self.machine.engines.get(task.subject)
+        if well and engine is not None and engine.alive:
+            engine.ready = True
+            host, port = engine.address
+            self.handle(
+                events.BroughtIn(at=self.now, instance=engine.instance, host=host, port=port, slots=engine.slots)
+            )
+            return
+        self._bury(task.subject)
+        self.handle(
+            events.BringInFailed(
+                at=self.now, instance=task.subject, code=Code.MODEL_START_FAILED, message="it won't start"
+            )
+        )
+
+    def _bury(self, instance: str) -> None:
+        self._cut(self.machine.bury(instance))
+
+    def _cut(self, requests: list[Request]) -> None:
+        for request in requests:
+            self.gateways[request.gateway].finished(request, self.now, well=False)
+
+    def _watch_strangers(self) -> None:
+        """Note engines that gateways may use without the orchestrator knowing."""
+        if self.scheduler is None:
+            return
+        for gateway in self.gateways.values():
+            if self.links.get(gateway.name) is None or self.links[gateway.name] is not gateway.link:
+                for lease in gateway.admission.leases:
+                    engine = self.machine.at(lease.address)
+                    if engine is not None:
+                        engine.disturbed = True
+
+    def outcomes(self) -> dict[Outcome, int]:
+        """Return how many requests ended how."""
+        counts: dict[Outcome, int] = {}
+        for request in self.requests.values():
+            if request.outcome is not None:
+                counts[request.outcome] = counts.get(request.outcome, 0) + 1
+        return counts
