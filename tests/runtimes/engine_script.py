@@ -91,7 +91,8 @@ def main(behaviour: str, argument: str) -> None:
         case "chatter":
             for number in range(int(argument)):
                 say("line", number, "." * 100)
-                time.sleep(0.0001)
+                if number % 50 == 0:
+                    time.sleep(0.001)
             say("ready")
             idle()
         case "facts":

@@ -110,10 +110,10 @@ def test_rotation_keeps_two_older_parts(tmp_path: Path) -> None:
 
 async def test_logs_rotate_while_they_are_written(host: Host) -> None:
     """Rotating under a writing engine tears no line, repeats none, and bounds what the disk holds."""
-    running = await host.start("chatter", 5000)
+    running = await host.start("chatter", 4000)
     log = next((host.state_dir / "logs").glob("*/*.log"))
     parts = [Path(f"{log}.2"), Path(f"{log}.1"), log]
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while (await host.runtime.log_tail(running.model, 1)) != ["ready"]:
             await host.process_runtime.rotate()
     await host.process_runtime.rotate()
