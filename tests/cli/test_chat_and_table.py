@@ -13,7 +13,7 @@ from rich.console import Console
 from modelswap.cli import demo_table
 from modelswap.cli.chat import Reply, stream_chat
 from modelswap.cli.client import AdminClient
-from modelswap.cli.demo_screen import Ask, Screen, doing
+from modelswap.cli.demo_screen import Ask, Screen, Wrapped, doing
 
 STREAM = b"""\
 : position 1
@@ -140,3 +140,13 @@ async def test_answers_that_come_together_are_printed_one_after_the_other(fake: 
     assert "a one two three" in out.getvalue()
     assert "b four five" in out.getvalue()
     assert "▶ a (at the same time): count" in out.getvalue()
+
+
+def test_streamed_text_is_wrapped_between_words() -> None:
+    """Pieces of words are put together, long lines broken at spaces, and the engine's own indentation kept."""
+    written: list[str] = []
+    wrapped = Wrapped(written.append, 12, indent=2, column=6)
+    for piece in ("one tw", "o three", "\n", "  x = 1\nincomprehensible", "!"):
+        wrapped.feed(piece)
+    wrapped.end()
+    assert "".join(written) == "one\n  two three\n    x = 1\n  incomprehensible!"

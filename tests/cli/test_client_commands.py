@@ -98,7 +98,7 @@ def test_status_shows_everything_that_matters(fake: Any, command: Run) -> None:
     ran = command("status", "--url", fake.url)
     assert ran.code == 0
     for expected in (
-        "current model: mistral",
+        "current model: mistral\norchestrator ",
         "warning: the database is read-only",
         "swap under way: mistral → llava, waiting for running requests of mistral, 3.25 s so far",
         "ready, open",

@@ -20,6 +20,49 @@ from modelswap.cli.words import duration, phase
 _LOOK_EVERY: Final = 0.3
 _TELL_EVERY: Final = 3.0
 
+
+class Wrapped:
+    """Wraps text between words while it comes in piece by piece, and hands it to ``write``.
+
+    ``width`` is the terminal's; lines after the first begin with ``indent`` spaces, the first one at ``column``.
+    """
+
+    def __init__(self, write: Callable[[str], None], width: int, *, indent: int, column: int) -> None:
+        self._write = write
+        self._width = width
+        self._indent = indent
+        self._column = column
+        self._gap = ""
+        self._word = ""
+
+    def feed(self, text: str) -> None:
+        """Take in more text; a word is written when its end has come."""
+        for character in text:
+            if character == "\n":
+                self.end()
+                self._break()
+            elif character.isspace():
+                self.end()
+                self._gap += " "
+            else:
+                self._word += character
+
+    def end(self) -> None:
+        """Write the word that has begun."""
+        if not self._word:
+            return
+        if self._column + len(self._gap) + len(self._word) > self._width and self._column > self._indent:
+            self._break()
+        self._write(self._gap + self._word)
+        self._column += len(self._gap) + len(self._word)
+        self._gap = self._word = ""
+
+    def _break(self) -> None:
+        self._write("\n" + " " * self._indent)
+        self._column = self._indent
+        self._gap = ""
+
+
 Ask = Callable[[Callable[[str], None]], Awaitable[Reply]]
 
 
@@ -36,7 +79,7 @@ class Screen:
         """Ask all at once, print every answer, and return the replies in the same order."""
         together = " (at the same time)" if len(turn) > 1 else ""
         for model, prompt in turn:
-            self._console.print(Text.assemble(("▶ ", "cyan"), (model, "bold"), f"{together}: {prompt}"))
+            self._console.print(Text.assemble(("▶ ", "cyan"), (model, "bold"), f"{together}: {prompt}"), soft_wrap=True)
         waiting = asyncio.create_task(self._tell_what_happens())
         try:
             return list(await asyncio.gather(*(self._one(ask, *said) for ask, said in zip(asks, turn, strict=True))))
@@ -64,10 +107,15 @@ class Screen:
         async with self._writing:
             self._rest()
             self._console.print(Text(f"  {model} ", "bold green"), end="")
+            wrapped = Wrapped(self._write, self._console.width, indent=2, column=len(model) + 3)
             while text is not None:
-                self._console.print(Text(text.replace("\n", "\n  "), "green"), end="", soft_wrap=True)
+                wrapped.feed(text)
                 text = await texts.get()
+            wrapped.end()
             self._console.print("\n")
+
+    def _write(self, text: str) -> None:
+        self._console.print(Text(text, "green"), end="", soft_wrap=True)
 
     def _rest(self) -> None:
         if self._spinner is not None:

@@ -72,4 +72,6 @@ def table(found: Sequence[Row]) -> Table:
             duration(row.reply.first_token_seconds),
             NONE if row.reply.tokens_per_second is None else f"{row.reply.tokens_per_second:.0f}",
         )
+    result.caption = "first token: from sending the request, waiting and swapping included"
+    result.caption_justify = "left"
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import IO
@@ -44,6 +45,8 @@ async def run_stack(
                 await stack.end_services()
                 raise Failure("a service can't work with this config", "see what it said above", ExitCode.USAGE)
             if ended == 0:
+                if stopping.interrupted and sys.stderr.isatty():
+                    sys.stderr.write("\n")  # the terminal has just shown ^C
                 say("stopping: running requests may finish; press Ctrl-C again to stop at once")
             await stack.stop(stopping.hurry)
             return ExitCode.INTERRUPTED if stopping.hurry.is_set() else ExitCode.OK

@@ -89,11 +89,11 @@ class Stack:
         self._supervisor.signal(_ORCHESTRATOR, signal.SIGHUP)
 
     async def ready(self) -> None:
-        """Return when both addresses answer; raises `Failure` if they don't within a minute."""
+        """Return when both services say that they are well; raises `Failure` if they don't within a minute."""
         began = told = time.monotonic()
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5.0)) as http:
             for what, url in (("orchestrator", self.orchestrator_url), ("gateway", self.gateway_url)):
-                while not await _answers(http, f"{url}/health"):
+                while not await _healthy(http, f"{url}/health"):
                     now = time.monotonic()
                     if now - began > _READY_WITHIN:
                         raise Failure(f"the {what} did not come up within {_READY_WITHIN:g} s", "see its log")
@@ -188,9 +188,9 @@ def what_drains(status: dict[str, Any]) -> str:
     return f"stopping {' and '.join(stopping)}" if stopping else ""
 
 
-async def _answers(http: aiohttp.ClientSession, url: str) -> bool:
+async def _healthy(http: aiohttp.ClientSession, url: str) -> bool:
     try:
-        async with http.get(url):
-            return True
+        async with http.get(url) as answer:
+            return answer.status == 200
     except (aiohttp.ClientError, TimeoutError, OSError):
         return False

@@ -58,9 +58,10 @@ def models(found: Any) -> Table:
 def _headline(found: Json, url: str) -> Text:
     current = found.get("current_model")
     what = (str(current), "bold green") if current else ("none", "dim")
-    gateways = len(found.get("gateways", []))
-    about = f"   gateway workers: {gateways}   up for {duration(float(found.get('uptime_seconds', 0)))}   {url}"
-    return Text.assemble("current model: ", what, (about, "dim"))
+    workers = len(found.get("gateways", []))
+    uptime = words.ago(float(found.get("uptime_seconds", 0)))
+    about = f"orchestrator {url}, up for {uptime}, {workers} gateway worker{'s' * (workers != 1)}"
+    return Text.assemble("current model: ", what, "\n", (about, "dim"))
 
 
 def _under_way(swap: Json) -> Text:
@@ -116,7 +117,7 @@ def _swaps(found: Sequence[Json], now: float) -> Table:
         outcome = str(swap.get("outcome", "ok"))
         how = str(swap.get("mechanism", NONE)) if outcome == "ok" else outcome
         table.add_row(
-            duration(max(0.0, now - float(swap["at"]))) if "at" in swap else NONE,
+            words.ago(max(0.0, now - float(swap["at"]))) if "at" in swap else NONE,
             Text(f"{swap.get('source') or 'nothing'} → {swap.get('target') or 'nothing'}"),
             Text(how, {"failed": "red", "cancelled": "dim"}.get(outcome, "")),
             duration(swap.get("seconds")),
@@ -150,4 +151,11 @@ def _name(model: Json) -> Text:
 
 
 def _table(title: str | None = None) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )

@@ -34,6 +34,11 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 3600:.0f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} d"
 
 
+def ago(seconds: float) -> str:
+    """Return how long ago something was, roughly."""
+    return f"{seconds:.0f} s" if seconds < 120 else duration(seconds)
+
+
 def size(count: int | None) -> str:
     """Return a number of bytes in binary units."""
     if count is None:
