@@ -32,11 +32,11 @@ class Options(msgspec.Struct, frozen=True):
 
 
 class GenAi:
-    """A loaded model; ``context`` is its context length in tokens, where known."""
+    """A loaded model with its ``tokenizer``; ``context`` is its context length in tokens, where known."""
 
     def __init__(self, pipeline: Any, context: int | None) -> None:
         self._pipeline = pipeline
-        self._tokenizer = pipeline.get_tokenizer()
+        self.tokenizer = pipeline.get_tokenizer()
         self.context = context
 
     def generate(self, prompt: Prompt, params: Params, on_text: Callable[[str], bool]) -> Result:
@@ -48,7 +48,7 @@ class GenAi:
         if self.context is not None and length >= self.context:
             raise InvalidPrompt(f"the prompt's {length} tokens don't fit the model's context of {self.context}")
         room = params.max_tokens if self.context is None else min(params.max_tokens, self.context - length)
-        streamer = _Streamer(Detokenizer(self._decode), on_text)
+        streamer = _Streamer(Detokenizer(self.decode), on_text)
         results = self._pipeline.generate(inputs, self._config(params, room), streamer)
         if not streamer.stopped and (rest := streamer.detokenizer.flush()):
             on_text(rest)
@@ -57,17 +57,18 @@ class GenAi:
 
     def _encode(self, prompt: Prompt) -> Any:
         if not prompt.messages:
-            return self._tokenizer.encode(prompt.text)
+            return self.tokenizer.encode(prompt.text)
         turns = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
         try:
-            text = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
         except RuntimeError as error:
             raise InvalidPrompt(f"the model's chat template refuses these messages: {error}") from error
         # The template has put in the special tokens itself.
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _decode(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(tokens)))
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the tokens' text, without special tokens and without an incomplete character at the end."""
+        return str(self.tokenizer.decode(list(tokens)))
 
     def _config(self, params: Params, room: int) -> Any:
         config = self._pipeline.get_generation_config()
