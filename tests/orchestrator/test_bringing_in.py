@@ -1,0 +1,250 @@
+"""How an instance is started, awaited and tried out, and every way in which that fails."""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiohttp
+import pytest
+
+from modelswap.core import events
+from modelswap.engines.base import CanaryFailed, Diagnosis, Readiness
+from modelswap.orchestrator.bringing_in import bring_in
+from modelswap.orchestrator.hosting import FAST_PAUSE, FIRST_PAUSE, SLOW_PAUSE, pause
+from modelswap.orchestrator.tasks import cancel
+from modelswap.protocol.errors import Code, ModelswapError
+from modelswap.runtimes.base import StartFailed
+from tests.orchestrator.fakes import World, until
+
+
+async def test_a_start_is_journalled_before_the_spawn_and_reported_with_its_address(world: World) -> None:
+    """The intent is in the database when the runtime is asked, and `BroughtIn` carries address and slots."""
+    hosted = world.host()
+    world.runtime.start_gate.clear()
+    job = asyncio.create_task(bring_in(world.outside, hosted, adopted=False))
+    await world.runtime.starting.wait()
+    rows = await world.store.read("select instance, model, definition, host, port, state, pid from instances")
+    assert rows == [("a.1.1", "a", "digest", "127.0.0.1", hosted.address.port, "starting", 0)]  # type: ignore[union-attr]
+    world.runtime.start_gate.set()
+    await job
+    (brought,) = world.of(events.BroughtIn)
+    running = world.runtime.living["a.1.1"]
+    assert (brought.instance, brought.host, brought.port) == ("a.1.1", "127.0.0.1", running.address.port)
+    assert brought.slots == 3 and hosted.ready
+    entry = world.journal.entries["a.1.1"]
+    assert (entry.pid, entry.born, entry.slots) == (running.pid, running.born, 3)
+    assert world.engine.canaries == 1
+
+
+@pytest.mark.parametrize(("concurrency", "told", "slots"), [(8, 5, 8), (None, 5, 5), (None, None, 3)])
+async def test_slots_come_from_the_config_then_the_engine_then_its_default(
+    world: World, concurrency: int | None, told: int | None, slots: int
+) -> None:
+    """``concurrency`` goes before what the engine says, and that before what its kind usually runs."""
+    world.engine.said = Readiness(ready=True, slots=told)
+    await bring_in(world.outside, world.host(concurrency=concurrency), adopted=False)
+    assert world.of(events.BroughtIn)[0].slots == slots
+
+
+async def test_progress_is_told_when_it_changes(world: World) -> None:
+    """Stages and whole percents are reported once each."""
+    world.engine.said = Readiness(ready=False, stage="weights", fraction=0.251)
+    job = asyncio.create_task(bring_in(world.outside, world.host(), adopted=False))
+    await until(lambda: bool(world.of(events.BringInStage)))
+    world.engine.said = Readiness(ready=False, stage="weights", fraction=0.259)
+    await asyncio.sleep(0.05)
+    world.engine.said = Readiness(ready=True)
+    await job
+    told = [(event.stage, event.fraction) for event in world.of(events.BringInStage)]
+    assert told == [("weights", 0.251), ("canary", None)]
+
+
+async def test_an_adopted_start_is_only_waited_for(world: World) -> None:
+    """Nothing is started for an instance that runs already."""
+    hosted = world.host_running()
+    hosted.ready = False
+    await bring_in(world.outside, hosted, adopted=True)
+    assert world.runtime.orders == []
+    assert world.of(events.BroughtIn)[0].port == hosted.address.port  # type: ignore[union-attr]
+
+
+async def test_a_stranger_on_the_address_is_not_taken_for_the_engine(world: World) -> None:
+    """Ready counts only when the listening socket belongs to our process."""
+    world.runtime.listens = False
+    job = asyncio.create_task(bring_in(world.outside, world.host(), adopted=False))
+    await until(lambda: bool(world.of(events.BringInStage)))
+    await asyncio.sleep(0.05)
+    assert not world.of(events.BroughtIn) and world.engine.canaries == 0
+    world.runtime.listens = True
+    await job
+    assert world.of(events.BroughtIn)
+
+
+async def test_an_engine_that_cannot_be_asked_yet_is_asked_again(world: World) -> None:
+    """A connection that breaks while loading is no failure."""
+    world.engine.readiness_error = aiohttp.ServerDisconnectedError()
+    job = asyncio.create_task(bring_in(world.outside, world.host(), adopted=False))
+    await until(lambda: bool(world.of(events.BringInStage)))
+    world.engine.readiness_error = None
+    await job
+    assert world.of(events.BroughtIn)
+
+
+@pytest.mark.parametrize(
+    ("permanent", "code"), [(False, Code.MODEL_START_FAILED), (True, Code.MODEL_BROKEN)], ids=["passing", "permanent"]
+)
+async def test_a_process_that_ends_fails_the_start_at_once(world: World, permanent: bool, code: Code) -> None:
+    """The message has the diagnosis and the last log lines, and the code says whether it can pass."""
+    world.engine.said = Readiness(ready=False)
+    world.engine.diagnosis = Diagnosis("no such file; mend 'model'", permanent)
+    job = asyncio.create_task(bring_in(world.outside, world.host(), adopted=False))
+    await until(lambda: "a.1.1" in world.runtime.living)
+    world.runtime.die("a.1.1", 3)
+    await job
+    (failed,) = world.of(events.BringInFailed)
+    assert (failed.code, failed.permanent) == (code, permanent)
+    assert failed.message == (
+        "a failed to start (exited with status 3): no such file; mend 'model'\n"
+        "Its last log lines:\nfirst line\nlast line"
+    )
+    assert world.engine.diagnosed == [(3, ["first line", "last line"])]
+    assert world.outside.hosted == {}
+
+
+async def test_a_start_that_takes_too_long_is_stopped_and_told(world: World) -> None:
+    """`start_timeout` ends it: everything is stopped first, then it is SWAP_TIMEOUT with the log."""
+    world.engine.said = Readiness(ready=False)
+    await bring_in(world.outside, world.host(start_timeout=0.1, stop_grace=0.5), adopted=False)
+    (failed,) = world.of(events.BringInFailed)
+    assert failed.code is Code.SWAP_TIMEOUT and not failed.permanent
+    assert "start_timeout (0.1 s)" in failed.message and "last line" in failed.message
+    assert world.runtime.stops == [("a.1.1", 0.5)] and not world.runtime.living
+
+
+async def test_an_engine_that_says_it_never_will_serve_is_broken(world: World) -> None:
+    """A readiness with a problem is permanent."""
+    world.engine.said = Readiness(ready=False, problem="it serves 'other'")
+    await bring_in(world.outside, world.host(), adopted=False)
+    (failed,) = world.of(events.BringInFailed)
+    assert failed.code is Code.MODEL_BROKEN and failed.permanent
+    assert failed.message.startswith("a can't serve: it serves 'other'")
+    assert not world.runtime.living
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (CanaryFailed("it answered with status 500"), "it answered with status 500"),
+        (aiohttp.ServerDisconnectedError(), "Server disconnected"),
+        (TimeoutError(), "no answer"),
+    ],
+    ids=["refused", "broken connection", "no answer"],
+)
+async def test_a_failed_canary_fails_the_start(world: World, error: Exception, told: str) -> None:
+    """Nothing is opened that didn't answer its canary."""
+    world.engine.canary_error = error
+    await bring_in(world.outside, world.host(), adopted=False)
+    (failed,) = world.of(events.BringInFailed)
+    assert failed.code is Code.MODEL_START_FAILED
+    assert "failed its canary request" in failed.message and told in failed.message
+    assert not world.runtime.living
+
+
+@pytest.mark.parametrize("where", ["launch", "start"])
+async def test_what_cannot_even_be_started_is_told(world: World, where: str) -> None:
+    """A missing program is told with its remedy, and nothing is stopped that never ran."""
+    error = StartFailed("no such program: serve; install it")
+    if where == "launch":
+        world.engine.launch_error = error
+    else:
+        world.runtime.start_error = error
+    await bring_in(world.outside, world.host(), adopted=False)
+    (failed,) = world.of(events.BringInFailed)
+    assert failed.message == "a can't be started: no such program: serve; install it"
+    assert failed.code is Code.MODEL_START_FAILED and not failed.permanent
+    assert world.runtime.stops == []
+
+
+async def test_a_model_larger_than_the_device_is_broken(world: World) -> None:
+    """It is refused before it is started, permanently."""
+    await bring_in(world.outside, world.host(memory="1KiB"), adopted=False)
+    (failed,) = world.of(events.BringInFailed)
+    assert failed.code is Code.MODEL_BROKEN and failed.permanent
+    assert "1.0KiB" in failed.message and "fake device has only 100B" in failed.message
+    assert world.runtime.orders == []
+
+
+async def test_a_bug_is_reported_and_raised(world: World) -> None:
+    """The scheduler hears of it, and the task's owner, too."""
+    world.engine.canary_error = RuntimeError("unforeseen")
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        await bring_in(world.outside, world.host(), adopted=False)
+    (failed,) = world.of(events.BringInFailed)
+    assert failed.code is Code.INTERNAL and "unforeseen" in failed.message
+    assert not world.runtime.living
+
+
+async def test_a_failed_start_that_cannot_be_killed_is_told_and_tried_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First `PutOutFailed`, and `BringInFailed` only when nothing runs any more."""
+    monkeypatch.setattr("modelswap.orchestrator.stopping.STUCK_PAUSE", 0.001)
+    world.engine.canary_error = CanaryFailed("no")
+    world.runtime.survives = 2
+    await bring_in(world.outside, world.host(), adopted=False)
+    kinds = [type(event) for event in world.events if not isinstance(event, events.BringInStage)]
+    assert kinds == [events.PutOutFailed, events.BringInFailed]
+    assert [grace for _, grace in world.runtime.stops] == [1.0, 0.0, 0.0]
+
+
+async def test_the_api_key_never_reaches_a_message(world: World) -> None:
+    """Log lines that have it are shown without."""
+    world.engine.canary_error = CanaryFailed("no")
+    world.runtime.log = ["args: api_key=hush-hush"]
+    await bring_in(world.outside, world.host(api_key="hush-hush"), adopted=False)
+    (failed,) = world.of(events.BringInFailed)
+    assert "hush-hush" not in failed.message and "api_key=***" in failed.message
+
+
+async def test_cancelling_in_the_middle_of_a_spawn_still_learns_what_to_stop(world: World) -> None:
+    """Whoever cancels finds the process that came into being meanwhile."""
+    hosted = world.host()
+    world.runtime.start_gate.clear()
+    job = asyncio.create_task(bring_in(world.outside, hosted, adopted=False))
+    await world.runtime.starting.wait()
+    job.cancel()
+    await asyncio.sleep(0)
+    world.runtime.start_gate.set()
+    await asyncio.wait([job])
+    assert job.cancelled() and hosted.running is not None and not world.of(events.BringInFailed)
+
+
+async def test_cancelling_in_the_middle_of_a_failing_spawn_is_quiet(world: World) -> None:
+    """There is nothing to stop then."""
+    hosted = world.host()
+    world.runtime.start_gate.clear()
+    world.runtime.start_error = ModelswapError("no")
+    job = asyncio.create_task(bring_in(world.outside, hosted, adopted=False))
+    await world.runtime.starting.wait()
+    canceller = asyncio.create_task(cancel(job))
+    await asyncio.sleep(0)
+    world.runtime.start_gate.set()
+    await canceller
+    assert job.cancelled() and hosted.running is None and world.events == []
+
+
+async def test_cancelling_while_it_loads_leaves_it_running(world: World) -> None:
+    """An orchestrator that ends leaves a start to the next one."""
+    world.engine.said = Readiness(ready=False)
+    job = asyncio.create_task(bring_in(world.outside, world.host(), adopted=False))
+    await until(lambda: bool(world.of(events.BringInStage)))
+    await cancel(job)
+    assert "a.1.1" in world.runtime.living and world.runtime.stops == []
+
+
+def test_pauses_grow_from_two_milliseconds_to_a_quarter_second() -> None:
+    """Fast engines are looked at often, slow ones don't cost much."""
+    assert pause(0.0) == FIRST_PAUSE == 0.002
+    assert pause(0.3) == pytest.approx(0.009)
+    assert pause(5.0) == FAST_PAUSE == 0.05
+    assert pause(60.0) == SLOW_PAUSE == 0.25

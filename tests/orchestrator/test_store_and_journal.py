@@ -1,0 +1,258 @@
+"""What the journal keeps, and that nothing which happens to its file is an outage."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from modelswap.core.states import InstanceState
+from modelswap.core.swap import SwapOutcome, SwapRecord
+from modelswap.engines.base import Address
+from modelswap.orchestrator.history import History
+from modelswap.orchestrator.journal import Entry, Journal
+from modelswap.orchestrator.store import BrokenDatabase, Store
+from modelswap.runtimes.base import Running
+
+ADDRESS = Address("127.0.0.1", 20001)
+
+
+def set_aside(folder: Path) -> list[Path]:
+    """Return the databases that were renamed aside."""
+    return list(folder.glob("db.broken-*"))
+
+
+async def opened(path: Path) -> tuple[Store, Journal]:
+    """Return a store and a journal that has begun."""
+    store = Store(path)
+    await store.open()
+    journal = Journal(store)
+    await journal.begin()
+    return store, journal
+
+
+async def test_what_was_noted_is_there_for_the_next_one(tmp_path: Path) -> None:
+    """Instances with identity, slots and state, and connected gateways survive; what ended doesn't."""
+    store, journal = await opened(tmp_path / "db")
+    await journal.intend("a.1", "a", "digest", ADDRESS)
+    await journal.intend("b.1", "b", "digest", ADDRESS)
+    journal.started(Running(instance="a.1", model="a", definition="digest", address=ADDRESS, pid=41, born=1.5))
+    journal.opened("a.1", 4)
+    journal.moved("a.1", InstanceState.READY)
+    journal.moved("b.1", InstanceState.ABSENT)
+    journal.gateway_came("g1")
+    journal.gateway_came("g2")
+    journal.gateway_came("g2")
+    journal.gateway_went("g1")
+    journal.gateway_went("g1")
+    journal.moved("unknown", InstanceState.READY)
+    await store.close()
+    store, journal = await opened(tmp_path / "db")
+    assert journal.entries == {
+        "a.1": Entry(
+            instance="a.1",
+            model="a",
+            definition="digest",
+            address=ADDRESS,
+            slots=4,
+            state=InstanceState.READY,
+            pid=41,
+            born=1.5,
+        )
+    }
+    assert journal.gateways == {"g2"}
+    await store.close()
+
+
+async def test_generations_grow_even_when_the_clock_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generation is at least Unix milliseconds, and greater than the one before."""
+    store, journal = await opened(tmp_path / "db")
+    before = time.time_ns() // 1_000_000
+    first = await journal.begin()
+    assert first >= before
+    monkeypatch.setattr(time, "time_ns", lambda: 5_000_000)
+    assert await journal.begin() == first + 1
+    await store.close()
+
+
+async def test_a_corrupt_file_is_renamed_aside(tmp_path: Path) -> None:
+    """A new database is begun beside it, and works."""
+    path = tmp_path / "db"
+    path.write_bytes(b"this is not a database at all" * 100)
+    store, journal = await opened(path)
+    await journal.intend("a.1", "a", "digest", ADDRESS)
+    assert store.problem is None
+    assert len(set_aside(tmp_path)) == 1
+    await store.close()
+    store, journal = await opened(path)
+    assert "a.1" in journal.entries
+    await store.close()
+
+
+async def test_a_file_of_another_version_is_renamed_aside(tmp_path: Path) -> None:
+    """What we can't understand we don't touch."""
+    with sqlite3.connect(tmp_path / "db") as db:
+        db.execute("pragma user_version=99")
+    db.close()
+    store, _ = await opened(tmp_path / "db")
+    assert len(set_aside(tmp_path)) == 1
+    await store.close()
+
+
+async def test_a_damaged_page_is_found_at_opening(tmp_path: Path) -> None:
+    """Not only when it is read."""
+    path = tmp_path / "db"
+    store, journal = await opened(path)
+    for number in range(200):
+        await journal.intend(f"a.{number}", "a" * 200, "digest", ADDRESS)
+    await store.close()
+    content = bytearray(path.read_bytes())
+    content[3 * 4096 : 5 * 4096] = b"\xff" * 2 * 4096
+    path.write_bytes(content)
+    store, journal = await opened(path)
+    assert set_aside(tmp_path)
+    await store.close()
+
+
+async def test_corruption_while_running_keeps_the_journal(tmp_path: Path) -> None:
+    """The file is begun anew, and everything known is written into it."""
+    path = tmp_path / "db"
+    journal: Journal | None = None
+    store = Store(path, on_renewed=lambda: journal.write_anew() if journal is not None else None)
+    await store.open()
+    journal = Journal(store)
+    await journal.begin()
+    await journal.intend("a.1", "a", "digest", ADDRESS)
+    journal.gateway_came("g1")
+    real, calls = store._db, []
+
+    class Damaged:
+        """A connection that finds its file damaged at the first statement."""
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def execute(self, *_: object) -> None:
+            """Fail."""
+            calls.append(1)
+            raise BrokenDatabase("database disk image is malformed")
+
+        def close(self) -> None:
+            """Close the real one."""
+            assert real is not None
+            real.close()
+
+    store._db = Damaged()  # type: ignore[assignment]
+    assert await store.write(("delete from gateways where gateway = 'x'", ()))
+    assert calls == [1]
+
+    async def rows() -> int:
+        return len(await store.read("select * from instances"))
+
+    seen = 0
+    while not seen:
+        seen = await rows()
+    assert await store.read("select gateway from gateways") == [("g1",)]
+    await store.close()
+
+
+async def test_a_full_disk_is_named_and_forgiven(tmp_path: Path) -> None:
+    """Writes fail with a remedy, nothing is raised, and it works again once there is space."""
+    store, journal = await opened(tmp_path / "db")
+    pages = (await store.read("pragma page_count"))[0][0]
+    await store.read(f"pragma max_page_count={pages}")
+    for number in range(50):
+        await journal.intend(f"a.{number}", "a" * 500, "digest", ADDRESS)
+    assert store.problem is not None and "the disk is full; free some space" in store.problem
+    assert store.failures > 0 and len(journal.entries) == 50
+    await store.read("pragma max_page_count=100000")
+    assert await store.write(("insert or replace into meta values ('k', 'v')", ()))
+    assert store.problem is None
+    await store.close()
+
+
+async def test_a_place_that_cannot_be_opened_is_replaced_by_memory(tmp_path: Path) -> None:
+    """The orchestrator runs, and says that nothing is kept."""
+    (tmp_path / "db").mkdir()
+    store, journal = await opened(tmp_path / "db")
+    await journal.intend("a.1", "a", "digest", ADDRESS)
+    assert "a.1" in journal.entries and await store.read("select instance from instances") == [("a.1",)]
+    assert store.problem is not None and "can't be opened" in store.problem
+    assert not await store.write(("delete from meta", ()))
+    await store.close()
+
+
+async def test_a_read_only_database_is_named(tmp_path: Path) -> None:
+    """Reading goes on, writing is told."""
+    store, journal = await opened(tmp_path / "db")
+    await store.read("pragma query_only=1")
+    await journal.intend("a.1", "a", "digest", ADDRESS)
+    assert store.problem is not None and "can't be written" in store.problem
+    await store.close()
+
+
+async def test_unreadable_rows_and_queries_are_no_outage(tmp_path: Path) -> None:
+    """A query that fails has no rows; a state that nobody knows is skipped."""
+    store, journal = await opened(tmp_path / "db")
+    await journal.intend("a.1", "a", "digest", ADDRESS)
+    await store.write(("update instances set state = 'dancing'", ()))
+    assert await store.read("select * from nowhere") == []
+    assert store.problem is not None
+    again = Journal(store)
+    await again.begin()
+    assert again.entries == {}
+    await store.close()
+    assert await _closed_read(store) == []
+
+
+async def _closed_read(store: Store) -> list[tuple[object, ...]]:
+    return store._read("select 1", ())
+
+
+def record(target: str | None = "b", seconds: float = 2.0, outcome: SwapOutcome = SwapOutcome.OK) -> SwapRecord:
+    """Return a swap."""
+    return SwapRecord(
+        device="gpu0",
+        source="a",
+        target=target,
+        mechanism="cold" if target else "stop",
+        outcome=outcome,
+        seconds=seconds,
+        queue=0.5,
+        phases={"in": seconds},
+    )
+
+
+async def test_history_is_kept_with_mean_times(tmp_path: Path) -> None:
+    """Newest first; means count only swaps that brought the model in."""
+    store = Store(tmp_path / "db")
+    await store.open()
+    history = History(store)
+    await history.begin()
+    for swap in (record(seconds=2.0), record(seconds=4.0), record(outcome=SwapOutcome.FAILED), record(target=None)):
+        history.add(swap)
+    await store.write(("insert into swaps (at, record) values (1, 'rubbish')", ()))
+    await store.close()
+    store = Store(tmp_path / "db")
+    await store.open()
+    history = History(store)
+    await history.begin()
+    assert [swap["target"] for swap in history.swaps()] == [None, "b", "b", "b"]
+    assert history.timings() == [
+        {"model": "b", "mechanism": "cold", "count": 2, "mean_seconds": 3.0, "last_seconds": 4.0}
+    ]
+    await store.close()
+
+
+async def test_sent_statements_keep_their_order(tmp_path: Path) -> None:
+    """What isn't waited for is still done in the order it was said."""
+    store = Store(tmp_path / "db")
+    await store.open()
+    for number in range(100):
+        store.send(("insert or replace into meta values ('n', ?)", (str(number),)))
+    assert await store.read("select value from meta where key = 'n'") == [("99",)]
+    await store.close()
+    assert not set_aside(tmp_path)
