@@ -401,6 +401,17 @@ async def test_a_client_that_leaves_the_queue(client: Client, pipeline: Scripted
     assert len(pipeline.asked) == 1
 
 
+async def test_a_client_that_leaves_while_it_sends(client: Client, pipeline: ScriptedPipeline) -> None:
+    """A request that never arrives whole isn't served."""
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    await client.app(scope, receive, Answer().send)
+    assert pipeline.asked == []
+
+
 async def test_loading(pipeline: ScriptedPipeline) -> None:
     """While the model loads, health says so and requests are refused with a hint when to come back."""
     worker = Worker()

@@ -195,7 +195,7 @@ def test_converted_once_compiled_once(model: Path, library: Library, options: ge
     genai.load(model, options)
     assert library.ways() == ["compiled"]
     assert blobs(options) == 1
-    genai.load(model, genai.Options(threads=1, cache=options.cache))
+    genai.load(model, genai.Options(device="GPU", cache=options.cache))
     assert blobs(options) == 2
     assert not list(model.parent.glob("cache/**/source.gguf"))
 

@@ -158,7 +158,8 @@ def _cached(model: Path, options: Options, context: int | None) -> Any:
 
 
 def _compiled(model: Path, folder: Path, options: Options) -> Any:
-    compiled = store.Folder(folder / f"compiled-{options.device}-{options.threads}")
+    # The number of threads makes no difference to the compiled form.
+    compiled = store.Folder(folder / f"compiled-{options.device}")
     if compiled.facts() is not None:
         try:
             return _open(model, options, CACHE_DIR=str(compiled.path))
