@@ -353,7 +353,7 @@ async def test_a_client_that_leaves_a_stream_frees_the_model(client: Client, pip
     pipeline.gate.set()
     async with asyncio.timeout(PATIENCE):
         await task
-    assert pipeline.given == 3
+    assert pipeline.given <= 3
     assert (client.worker.running, client.worker.waiting) == (0, 0)
     assert b"[DONE]" not in answer.body
     pipeline.pieces = ["y"]

@@ -1,8 +1,8 @@
 """The real pipeline: OpenVINO GenAI. Importing this module loads the library.
 
-What was found with 2026.4.1, SmolLM2-135M, 2 cores (docs/engines.md has the figures): loading a GGUF file converts it
-each time; a converted model with its compiled form on disk loads several times faster. The compiled form is only
-used with the SDPA attention backend.
+Seen with 2026.4.1 and SmolLM2-135M on 2 cores: loading a GGUF file converts and compiles it each time (3.0 s). With
+the converted model and its compiled form kept on disk it loads in 0.45 s, and answers the same. The compiled form is
+taken up only with the SDPA attention backend; with the default one, loading stays at 1.7 s.
 """
 
 from __future__ import annotations
