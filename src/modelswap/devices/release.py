@@ -8,15 +8,19 @@ in several looks in a row.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import repeat
 from typing import Final
 
 from modelswap.devices.base import Device, Holder, Reading
 from modelswap.devices.errors import NotReleased
 
 GIB: Final = 1 << 30
+FINE_LOOKS: Final = 50
+"""Looks before they get rarer."""
+
 SLOWEST: Final = 0.25
-"""Seconds between looks after a long wait."""
+"""Seconds between looks in the end."""
 
 
 async def verified_release(
@@ -37,15 +41,12 @@ async def verified_release(
 
     Raises `NotReleased` after ``timeout`` seconds, and at once if the device hasn't ``target`` bytes in all.
     """
-    loop = asyncio.get_running_loop()
-    begun = loop.time()
     reading: Reading | None = None
     best = -1
     enough = 0
-    pause = interval
     try:
         async with asyncio.timeout(timeout):
-            while True:
+            for pause in pauses(interval):
                 reading = await device.read()
                 if reading is None:
                     return None
@@ -65,12 +66,18 @@ async def verified_release(
                 if enough >= (samples - 1 if target is None else samples):
                     return reading
                 await asyncio.sleep(pause)
-                if loop.time() - begun > 50 * interval:
-                    pause = min(pause * 1.5, max(SLOWEST, interval))
     except TimeoutError:
         if target is None and reading is not None:
             return reading
-        raise _not_released(device, target, timeout, reading, ours) from None
+    raise _not_released(device, target, timeout, reading, ours)
+
+
+def pauses(interval: float) -> Iterator[float]:
+    """Yield the seconds between looks, for ever: ``interval`` at first, then rarer, to spare the driver."""
+    yield from repeat(interval, FINE_LOOKS)
+    while True:
+        interval = min(interval * 1.5, max(SLOWEST, interval))
+        yield interval
 
 
 def _not_released(

@@ -86,7 +86,7 @@ class Inference:
     def _read(self, request: Request) -> dict[str, Any]:
         try:
             body = msgspec.json.decode(request.body)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             if request.path == ECHO:
                 return {}
             raise Refused(400, answers.error(f"bad JSON: {error}", "BadRequestError", 400)) from None

@@ -270,7 +270,7 @@ class SimEngine:
         if request.path == "/sim/fault" and request.method == "POST":
             try:
                 self.set_faults(msgspec.json.decode(request.body or b"{}", type=Behaviour))
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 return await _reply(connection, 400, answers.error(str(error), "BadRequestError", 400))
             return await _reply(connection, 200, msgspec.json.encode(self.behaviour))
         if request.path == "/sim/stats":
