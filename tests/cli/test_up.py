@@ -91,6 +91,13 @@ def _cmdline(process: psutil.Process) -> list[str]:
     return []
 
 
+def alive(process: psutil.Process) -> bool:
+    """Return whether it runs; a zombie doesn't."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 async def until(condition: Callable[[], bool]) -> None:
     """Poll until ``condition`` holds; fails after the deadline."""
     async with asyncio.timeout(DEADLINE):
@@ -245,7 +252,7 @@ async def test_a_killed_up_leaves_the_engine_to_the_next_one(place: Place) -> No
         services = up.services()
         up.process.kill()
         await up.process.wait()
-        await until(lambda: not any(service.is_running() for service in services))
+        await until(lambda: not any(map(alive, services)))
         assert engines(place.state) == before
     async with place.up() as up:
         await up.ask("alpha")

@@ -58,16 +58,25 @@ def demo(*, once: bool, port: int, orchestrator_port: int) -> ExitCode:
     weights = _weights(console, default_cache())
     ports = choose_ports(port, orchestrator_port, console)
     path = write_config(cache, weights, *ports)
-    config = load_config(path)
-    log = cache / f"services-{ports[0]}.log"
-    show = _Show(console, config, path, log, once)
+    return present(console, path, cache / f"services-{ports[0]}.log", once=once)
+
+
+def present(console: Console, path: Path, log: Path, *, once: bool) -> ExitCode:
+    """Run the config file at ``path``, show the requests, and stay up unless ``once``; raises `Failure`.
+
+    The services log to ``log``.
+    """
+    show = _Show(console, load_config(path), path, log, once)
+    console.print("starting orchestrator and gateway", style="dim")
     with log.open("wb") as output:
         try:
-            code = asyncio.run(run_stack(config, path, show.say, show.run, output=output))
+            code = asyncio.run(run_stack(show.config, path, show.say, show.run, output=output))
         except Failure as failure:
             raise Failure(str(failure), _with_log(failure.remedy, log), failure.code) from failure
     console.print("stopped", style="dim")
-    return ExitCode.FAILED if show.failed else code
+    if show.failed:
+        return ExitCode.FAILED
+    return ExitCode.INTERRUPTED if not show.shown else code
 
 
 def choose_ports(gateway: int, orchestrator: int, console: Console) -> tuple[int, int]:
@@ -123,6 +132,7 @@ class _Show:
     log: Path
     once: bool
     failed: bool = False
+    shown: bool = False
     replies: list[Reply] = field(default_factory=list)
 
     def say(self, line: str) -> None:
@@ -147,6 +157,7 @@ class _Show:
                 )
             status = await admin.status()
         console.print(demo_table.table(demo_table.rows(self.replies, _records(status))))
+        self.shown = True
         self.failed = any(reply.error for reply in self.replies)
         if not self.once:
             self._farewell(stack)
