@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -44,11 +45,11 @@ class Api:
         async with self.http.get(self.url + path, headers=headers) as answer:
             return answer.status, await answer.text()
 
-    async def json(self, path: str) -> dict[str, object]:
+    async def json(self, path: str) -> dict[str, Any]:
         """Return the JSON of a GET that succeeds."""
         async with self.http.get(self.url + path) as answer:
             assert answer.status == 200, await answer.text()
-            found: dict[str, object] = await answer.json()
+            found: dict[str, Any] = await answer.json()
             return found
 
     async def post(self, path: str, body: object, **headers: str) -> tuple[int, dict[str, object]]:

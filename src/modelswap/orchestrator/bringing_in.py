@@ -7,6 +7,7 @@ until something listens, then the engine is asked for its readiness at intervals
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 from typing import Final
 
@@ -23,6 +24,8 @@ from modelswap.runtimes.base import Exit, Running, StartOrder
 POLL_LIMIT: Final = 5.0
 """How long an engine may take to say whether it is ready, in seconds."""
 CANARY_LIMIT: Final = 120.0
+LAST_WORDS: Final = 0.5
+"""How long after a broken connection the engine's end may be seen, in seconds."""
 FAILED_GRACE: Final = 1.0
 """How long a start that failed may take to end by itself, in seconds: it has nothing to finish."""
 
@@ -58,7 +61,8 @@ async def bring_in(outside: Outside, hosted: Hosted, *, adopted: bool) -> None:
             await _fail(outside, hosted, Code.SWAP_TIMEOUT, Diagnosis(reason, permanent=False))
             return
     except _Ended as ended:
-        await _fail(outside, hosted, None, await _diagnose(outside, hosted, ended.exit))
+        killed = ended.exit.code == -signal.SIGKILL
+        await _fail(outside, hosted, None, await _diagnose(outside, hosted, ended.exit), killed=killed)
     except _NeverReady as never:
         await _fail(outside, hosted, None, Diagnosis(f"{hosted.model} can't serve: {never}", permanent=True))
     except (CanaryFailed, aiohttp.ClientError, TimeoutError) as failed:
@@ -130,6 +134,9 @@ async def _prove(outside: Outside, hosted: Hosted) -> int:
     proof = asyncio.ensure_future(_ready_and_tested(outside, hosted, running))
     try:
         await asyncio.wait({ended, proof}, return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done() and proof.exception() is not None:
+            # A connection that broke may be the first sign of an end, which says more.
+            await asyncio.wait({ended}, timeout=LAST_WORDS)
         if ended.done():
             raise _Ended(ended.result())
         readiness = proof.result()
@@ -201,7 +208,9 @@ async def _diagnose(outside: Outside, hosted: Hosted, exit_: Exit) -> Diagnosis:
     return Diagnosis(f"{hosted.model} failed to start ({exit_}): {found.reason}", found.permanent)
 
 
-async def _fail(outside: Outside, hosted: Hosted, code: Code | None, diagnosis: Diagnosis) -> None:
+async def _fail(
+    outside: Outside, hosted: Hosted, code: Code | None, diagnosis: Diagnosis, *, killed: bool = False
+) -> None:
     """Stop what is left of the instance, then report why it failed."""
     if hosted.running is not None:
         await stop_surely(outside, hosted, hosted.running, min(stop_grace(hosted), FAILED_GRACE))
@@ -216,6 +225,7 @@ async def _fail(outside: Outside, hosted: Hosted, code: Code | None, diagnosis: 
             code=code,
             message=message,
             permanent=diagnosis.permanent,
+            killed=killed and not diagnosis.permanent,
         )
     )
 
