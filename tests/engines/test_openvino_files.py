@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import openvino_genai
 import pytest
 
 from modelswap.engines.openvino_server import genai, gguf, store
@@ -86,7 +87,7 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="broke"):
         break_off()
     assert folder.facts() is None
-    assert list((tmp_path / "parent").iterdir()) == []
+    assert [entry.name for entry in (tmp_path / "parent").iterdir()] == [".lock"]
     with folder.fill({"n": 1}) as unfinished:
         (unfinished / "file").write_text("whole")
     assert folder.facts() == {"n": 1}
@@ -99,25 +100,28 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert folder.facts() is None
 
 
-def test_who_comes_second_leaves_the_first(tmp_path: Path) -> None:
-    """When two fill the same folder at once, the first one's stays, because somebody may be using it."""
+def test_only_one_fills(tmp_path: Path) -> None:
+    """While one process fills a folder another is turned away, and what the first has put in place stays."""
     folder = store.Folder(tmp_path / "it")
-    with folder.fill({"n": 2}), folder.fill({"n": 1}):
-        pass
+
+    def fill() -> None:
+        with folder.fill({"n": 2}):
+            pass
+
+    with folder.fill({"n": 1}), pytest.raises(BlockingIOError):
+        fill()
+    fill()
     assert folder.facts() == {"n": 1}
-    assert list(tmp_path.iterdir()) == [folder.path]
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    """An unfinished folder goes once it is surely abandoned, and not while somebody may be at it."""
-    old, young = tmp_path / ".unfinished-old", tmp_path / ".unfinished-young"
-    old.mkdir()
-    young.mkdir()
-    os.utime(old, (0, 0))
-    with store.Folder(tmp_path / "it").fill({}):
-        pass
-    assert not old.exists()
-    assert young.exists()
+    """An unfinished folder whose process has gone is removed by the next one."""
+    abandoned = tmp_path / ".unfinished-old"
+    abandoned.mkdir()
+    with store.Folder(tmp_path / "it").fill({}) as unfinished:
+        assert not abandoned.exists()
+        assert unfinished.exists()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"it", ".lock"}
 
 
 def test_identity_follows_the_file(model: Path, tmp_path: Path) -> None:
@@ -235,6 +239,18 @@ def test_a_cache_that_can_not_be_used(
     assert options.cache
     genai.load(model, genai.Options(cache=model / "not-a-folder"))
     assert library.ways() == ["direct"]
+
+
+def test_a_cache_that_is_being_filled(
+    model: Path, library: Library, options: genai.Options, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A start beside one that fills the cache does without it."""
+    assert options.cache
+    folder = store.Folder(options.cache / store.identity(model, openvino_genai.__version__) / "model")
+    with folder.fill({}):
+        genai.load(model, options)
+    assert library.ways() == ["direct"]
+    assert "another process is filling" in capsys.readouterr().err
 
 
 def test_an_ir_folder(tmp_path: Path, library: Library, options: genai.Options) -> None:

@@ -151,6 +151,9 @@ def _cached(model: Path, options: Options, context: int | None) -> Any:
             pipeline = _open(link, options, enable_save_ov_model=True)
             link.unlink()
         _forget_older(folder, str(model.resolve()))
+    except BlockingIOError:
+        sys.stderr.write(f"another process is filling the cache in {options.cache}: doing without it\n")
+        return None
     except (OSError, RuntimeError) as error:
         sys.stderr.write(f"not using the cache in {options.cache}: {error}\n")
         return None

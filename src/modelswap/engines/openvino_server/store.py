@@ -1,16 +1,16 @@
 """Folders on disk that are there whole or not at all, for what is costly to make again.
 
-A process may be killed at any moment, and several may start at once: a folder is filled under another name, gets a
-list of its files with their sizes, and is then renamed. One whose files don't fit its list (a crash of the machine,
-a full disk) counts as absent.
+A process may be killed at any moment, and several may start at once: a folder is filled under another name by whoever
+holds the lock beside it, gets a list of its files with their sizes, and is then renamed. One whose files don't fit its
+list (a crash of the machine, a full disk) counts as absent.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +20,7 @@ import msgspec
 
 _LIST: Final = "modelswap.json"
 _UNFINISHED: Final = ".unfinished-"
-_ABANDONED_AFTER: Final = 3600.0
+_LOCK: Final = ".lock"
 
 
 class _Contents(msgspec.Struct, frozen=True):
@@ -45,20 +45,27 @@ class Folder:
 
     @contextmanager
     def fill(self, facts: dict[str, str | int | None]) -> Iterator[Path]:
-        """Give an empty folder to fill; put it in place afterwards. Raises `OSError`."""
+        """Give an empty folder to fill; put it in place afterwards.
+
+        Raises `OSError`; `BlockingIOError` while another process fills this or another one beside it.
+        """
         parent = self.path.parent
         parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(parent)
-        unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=parent))
-        try:
-            yield unfinished
-            files = {file.name: file.stat().st_size for file in unfinished.iterdir()}
-            (unfinished / _LIST).write_bytes(msgspec.json.encode(_Contents(files, facts)))
-            if self.facts() is None:
-                self.discard()
-                unfinished.replace(self.path)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        with (parent / _LOCK).open("w") as lock:
+            # The kernel lets go of it when the process ends, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for abandoned in parent.glob(f"{_UNFINISHED}*"):
+                shutil.rmtree(abandoned, ignore_errors=True)
+            unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=parent))
+            try:
+                yield unfinished
+                files = {file.name: file.stat().st_size for file in unfinished.iterdir()}
+                (unfinished / _LIST).write_bytes(msgspec.json.encode(_Contents(files, facts)))
+                if self.facts() is None:
+                    self.discard()
+                    unfinished.replace(self.path)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def discard(self) -> None:
         """Remove it, if it is there."""
@@ -71,9 +78,3 @@ def identity(file: Path, version: str) -> str:
     stat = real.stat()
     known = f"{real}\0{stat.st_size}\0{stat.st_mtime_ns}\0{version}"
     return f"{real.stem}-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
-
-
-def _remove_abandoned(parent: Path) -> None:
-    for folder in parent.glob(f"{_UNFINISHED}*"):
-        if time.time() - folder.stat().st_mtime > _ABANDONED_AFTER:
-            shutil.rmtree(folder, ignore_errors=True)
