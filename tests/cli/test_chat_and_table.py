@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from modelswap.cli import demo_table
-from modelswap.cli.chat import Reply, stream_chat
+from modelswap.cli.chat import CUT, Reply, stream_chat
 from modelswap.cli.client import AdminClient
 from modelswap.cli.demo_screen import Ask, Screen, Wrapped, doing
 
@@ -48,6 +48,14 @@ async def test_a_streamed_answer_is_told_as_it_comes(fake: Any) -> None:
     assert reply.ended is not None
     assert reply.sent <= reply.first <= reply.ended
     assert fake.asked[0][1]["model"] == "m"
+
+
+async def test_an_answer_that_was_cut_says_so(fake: Any) -> None:
+    """An answer that reached its token limit doesn't look as if it had ended there; its text is left as it was."""
+    cut = STREAM.replace(b'"delta": {"content": "lo"}', b'"delta": {"content": "lo"}, "finish_reason": "length"')
+    fake.answers["POST /v1/chat/completions"] = (200, cut)
+    reply, told = await chat(fake.url)
+    assert (reply.text, told) == ("Hello", f"Hello{CUT}")
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,12 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import aiohttp
+
+CUT: Final = " […]"
+"""Told in place of the rest of an answer that was longer than asked for."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,6 +89,8 @@ async def _read(answer: aiohttp.ClientResponse, reply: Reply, on_text: Callable[
             reply.first = reply.first or time.time()
             reply.text += text
             on_text(text)
+        if any(choice.get("finish_reason") == "length" for choice in chunk.get("choices", [])):
+            on_text(CUT)
     reply.error = reply.error or "the answer ended early"
 
 
