@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelswap.engines.openvino_server.text import Detokenizer, StopFilter
@@ -24,6 +24,7 @@ def words(tokens: Sequence[int]) -> str:
     return "".join(f" w{token}" for token in tokens)[1:]
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_incomplete_characters_are_held_back(text: str) -> None:
     """No piece has half a character, and all pieces together are the whole text, for both kinds of tokenizers."""
@@ -71,6 +72,7 @@ def filtered(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
     return (out, True) if stop_filter.stopped else (out + stop_filter.flush(), False)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("ab<|", max_size=4), max_size=12), st.lists(st.text("ab<|", max_size=4), max_size=3))
 def test_text_ends_before_the_first_stop_string(pieces: list[str], stops: list[str]) -> None:
     """However the text is cut into pieces, all that comes before the first stop string comes out and no more."""
