@@ -418,3 +418,14 @@ def test_late_reports_change_nothing() -> None:
     ):
         bench.handle(event)
     assert bench.state("a") == "ready"
+
+
+def test_start_killed_from_outside_is_tried_once_more() -> None:
+    """A start that somebody killed is repeated for the same waiters; killed again, they are told."""
+    bench = Bench()
+    bench.hello()
+    bench.want("a", 1)
+    out = bench.fail("a", killed=True)
+    assert not said(out, Refuse)
+    assert [e.model for e in of(bench.released(), effects.BringIn)] == ["a"]
+    assert [r.ticket for r in said(bench.fail("a", killed=True), Refuse)] == [1]

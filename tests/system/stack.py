@@ -77,6 +77,8 @@ class Stack:
             },
             "gateway": {"port": self.gateway_port, "workers": workers},
             "orchestrator": {"port": self.orchestrator_port, "state_dir": str(self.state_dir), "term": 2.0},
+            # Lingering is for people and agents; here it would only make the tests slow.
+            "scheduling": {"linger": 0.1, "min_residency": 0.1},
             "device": {"kind": "simulated", "ledger": str(folder / "gpu.json")},
         }
         for section, values in sections.items():

@@ -78,13 +78,15 @@ class BringInFailed(Event, frozen=True):
     """A start failed, and nothing of it runs any more.
 
     ``message`` is for clients: the reason, the remedy and the engine's last log lines. ``permanent``: trying again
-    would fail again.
+    would fail again. ``killed``: it was ended from outside (SIGKILL), which says nothing about the model; its waiters
+    are kept for one more try.
     """
 
     instance: str
     code: Code
     message: str
     permanent: bool = False
+    killed: bool = False
 
 
 class Died(Event, frozen=True):
