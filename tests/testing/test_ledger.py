@@ -197,3 +197,20 @@ def test_history_is_bounded(ledger: Ledger) -> None:
     for _ in range(HISTORY):
         ledger.allocate(1, instance="a")
     assert len(ledger.read().history) == HISTORY
+
+
+def test_without_proc_processes_are_told_apart_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no /proc, zombies and ended processes count as ended, too."""
+    monkeypatch.setattr("modelswap.testing.liveness._HAS_PROC", False)
+    process = _python(ENDLESS)
+    _first_line(process)
+    alive = born(process.pid)
+    assert alive is not None
+    assert alive == born(process.pid)
+    process.kill()
+    deadline = time.monotonic() + 60
+    while born(process.pid) is not None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert (born(process.pid), process.returncode) == (None, None)
+    _end(process)
+    assert born(process.pid) is None

@@ -9,6 +9,7 @@ import aiohttp
 import pytest
 
 from modelswap.testing.engine import Behaviour, Options
+from modelswap.testing.engine.journal import Log
 from modelswap.testing.ledger import Ledger
 from modelswap.testing.liveness import born
 from modelswap.testing.processes import EngineProcess
@@ -148,6 +149,21 @@ async def test_a_child_can_survive_a_clean_stop(ledger: Ledger, kind: Any) -> No
         os.kill(child, signal.SIGKILL)
         await until(lambda: born(child) is None)
     assert ledger.read().used == 0
+
+
+def test_a_log_that_nobody_reads_any_more_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine serves on when its reader has gone."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with Path(os.devnull).open("w") as sink, open(writing, "w") as pipe:  # noqa: PTH123 (a descriptor)
+        monkeypatch.setattr("sys.stdout", pipe)
+        log = Log(to_stdout=True)
+        log.info("one")
+        log.info("two")
+        monkeypatch.undo()
+        # What it could not write stays in the buffer, and closing would try again.
+        os.dup2(sink.fileno(), writing)
+    assert [line.split()[-1] for line in log.lines] == ["one", "two"]
 
 
 async def test_a_taken_port_ends_the_process(ledger: Ledger) -> None:

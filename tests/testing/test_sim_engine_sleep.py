@@ -123,6 +123,17 @@ async def test_sleep_modes(http: aiohttp.ClientSession, ledger: Ledger) -> None:
         assert (await running)[1] == "length"
 
 
+async def test_a_stream_that_is_aborted_says_so(http: aiohttp.ClientSession, ledger: Ledger) -> None:
+    """It ends properly, with the reason `abort`."""
+    async with SimEngine(_options(ledger, tokens=10**9, tokens_per_second=500)) as engine:
+        async with http.post(engine.url + CHAT, json={"model": "m", "stream": True}) as response:
+            await response.content.readline()
+            await _post(http, engine.url + "/sleep?mode=abort")
+            rest = await response.text()
+        assert '"finish_reason":"abort"' in rest
+        assert rest.endswith("data: [DONE]\n\n")
+
+
 async def test_bad_sleep_requests(http: aiohttp.ClientSession, ledger: Ledger) -> None:
     """A wrong level, mode or method is refused."""
     async with SimEngine(_options(ledger)) as engine:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+from typing import Final
+
+_HAS_PROC: Final = Path("/proc/self/stat").is_file()
 
 
 def born(pid: int) -> float | None:
@@ -12,7 +14,7 @@ def born(pid: int) -> float | None:
     The value is only good for comparing with another one from here: on Linux it counts clock ticks since boot,
     elsewhere seconds.
     """
-    if sys.platform != "linux":
+    if not _HAS_PROC:
         return _born_by_psutil(pid)
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
