@@ -73,6 +73,8 @@ class System:
         self.swaps: list[SwapRecord] = []
         self.answers: list[effects.Answer] = []
         self.finished = False
+        self.since = 0.0
+        """When the orchestrator was started."""
         self._journal: dict[str, Start] = {}
         self._known: dict[str, float] = {}
         """Gateways in the journal, and when each went (infinite: it hasn't)."""
@@ -179,6 +181,7 @@ class System:
     def start_orchestrator(self) -> None:
         """Start an orchestrator: it adopts what runs, kills strays, begins."""
         self.generation += 1
+        self.since = self.now
         self.scheduler = Scheduler(self.generation, self.setup.policy)
         self.handle(
             events.Configure(
