@@ -57,6 +57,7 @@ class Bench:
         self.configure(*self.models)
         if begin:
             self.handle(events.Begin(at=self.now))
+            self.released()
             self.out.clear()
 
     def configure(self, *models: ModelFacts) -> None:
@@ -143,12 +144,19 @@ class Bench:
             events.BroughtIn(at=self.now, instance=self.instance(name), host="127.0.0.1", port=port, slots=slots)
         )
 
-    def fail(self, name: str, *, permanent: bool = False, message: str = "it broke") -> list[effects.Effect]:
+    def fail(
+        self, name: str, *, permanent: bool = False, killed: bool = False, message: str = "it broke"
+    ) -> list[effects.Effect]:
         """The engine that is being started fails."""
         code = Code.MODEL_BROKEN if permanent else Code.MODEL_START_FAILED
         return self.handle(
             events.BringInFailed(
-                at=self.now, instance=self.instance(name), code=code, message=message, permanent=permanent
+                at=self.now,
+                instance=self.instance(name),
+                code=code,
+                message=message,
+                permanent=permanent,
+                killed=killed,
             )
         )
 

@@ -170,6 +170,7 @@ class Admission:
         self._next_ticket = 1
         self._alive_at: float | None = None
         self._said_at = 0.0
+        self._reconnecting = False
         self._term = float("inf")
         self._out: list[Outgoing] = []
 
@@ -181,9 +182,7 @@ class Admission:
 
     def enter(self, model: str, now: float) -> Lease | None:
         """Take a slot, if one is free and nobody waits for it; else the request must `wait`."""
-        alive_at = self._alive_at
-        if alive_at is not None and now - alive_at > self._term:
-            self._paused(now)
+        self._notice_pause(now)
         lease = self._leases.get(model)
         if lease is None or lease.state is not LeaseState.OPEN or lease.in_flight >= lease.slots:
             return None
@@ -195,6 +194,7 @@ class Admission:
 
     def leave(self, lease: Lease, now: float) -> None:
         """Give back a slot: a request under ``lease`` has ended, however."""
+        self._notice_pause(now)
         lease.in_flight -= 1
         lease.served += 1
         lease.dirty = True
@@ -206,6 +206,7 @@ class Admission:
         ``since`` is when the client's request came; ``size`` its body's bytes. ``first`` puts it before the others
         (it had been admitted once, and its engine died).
         """
+        self._notice_pause(now)
         found = self._names.get(name)
         model = found.name if found is not None else None
         id_ = self._next_ticket
@@ -238,6 +239,7 @@ class Admission:
 
     def fault(self, lease: Lease, reason: str, now: float) -> None:
         """Give back a slot: a fresh connection failed before its first response byte. The lease is suspended."""
+        self._notice_pause(now)
         lease.in_flight -= 1
         lease.dirty = True
         if lease.state is not LeaseState.CLOSING:
@@ -269,9 +271,12 @@ class Admission:
     def connect(self, now: float) -> None:
         """Say hello, with all that is still held: a connection to the orchestrator is open."""
         self.connected = True
+        self._reconnecting = False
         for key in [key for key, lease in self._closing.items() if lease.in_flight == 0]:
             del self._closing[key]
         leases = [*self._closing.values(), *self._leases.values()]
+        for lease in leases:
+            lease.revision = -1  # the other side counts its words anew from this hello on
         held = tuple(
             HeldLease(
                 model=lease.model,
@@ -297,6 +302,9 @@ class Admission:
 
     def receive(self, message: OrchestratorMessage, now: float) -> None:
         """Take in what the orchestrator said."""
+        self._notice_pause(now)
+        if self._reconnecting:
+            return  # said before it could know of the pause; the next hello has everything said anew
         match message:
             case Open():
                 self._open(message, now)
@@ -317,8 +325,7 @@ class Admission:
 
     def tick(self, now: float) -> None:
         """Notice a pause, report usage, show that we live, answer who has waited too long."""
-        if self._alive_at is not None and now - self._alive_at > self._term:
-            self._paused(now)
+        self._notice_pause(now)
         self._alive_at = now
         for lease in [*self._leases.values(), *self._closing.values()]:
             if lease.dirty:
@@ -355,7 +362,7 @@ class Admission:
 
     def _say(self, message: GatewayMessage, now: float) -> None:
         # While disconnected nothing is said: the next hello tells everything.
-        if self.connected:
+        if self.connected and not self._reconnecting:
             self._out.append(Say(message))
             self._said_at = now
 
@@ -486,9 +493,13 @@ class Admission:
             # The orchestrator has dropped a removed model's tickets by itself.
             self._out.append(Reject(ticket.id, _refusal(ticket.id, Code.MODEL_NOT_FOUND, self.unknown(ticket.name))))
 
-    def _paused(self, now: float) -> None:
+    def _notice_pause(self, now: float) -> None:
+        # Half a term after the last tick, because that may have been a third of the term after we last said something.
+        if self._alive_at is None or now - self._alive_at <= self._term / 2:
+            return
         # Our leases may have been broken meanwhile, so nothing is admitted until each has been confirmed.
         self._alive_at = now
+        self._reconnecting = True
         for lease in self._leases.values():
             lease.state = LeaseState.SUSPENDED
         self._out.append(Reconnect())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from modelswap.protocol.messages import Epoch
 
@@ -31,11 +31,16 @@ class Lease:
     """How many faults the gateway has told of."""
     faults_seen: int = 0
     """How many of them were looked into."""
+    told: list[tuple[int, int]] = field(default_factory=list)
+    """Revisions and slots that the gateway was told and may still go by, oldest first."""
 
     def grant(self, slots: int) -> None:
         """Note that the gateway is being told ``slots``."""
+        if not self.told:
+            self.told.append((self.revision, self.granted))
         self.granted = slots
         self.revision += 1
+        self.told.append((self.revision, slots))
         self.upper = max(self.upper, slots)
 
     def report(self, revision: int, in_flight: int, idle_since: float) -> None:
@@ -45,8 +50,9 @@ class Lease:
         self.stale = False
         if self.closing:
             self.upper = in_flight
-        elif revision == self.revision:
-            self.upper = max(self.granted, in_flight)
+        else:
+            self.told = [told for told in self.told if told[0] >= revision]
+            self.upper = max(self.granted, in_flight, *(slots for _, slots in self.told))
 
 
 @dataclass(slots=True, kw_only=True)

@@ -27,9 +27,10 @@ from modelswap.protocol.messages import (
 
 def hello(world: World, gateway: str, message: Hello) -> None:
     """Replace all that was known of this gateway by what it says, and tell it what holds."""
-    forget_gateway(world, gateway)
+    _drop(world, gateway)  # its slots are given to nobody before it has said what runs in them
     world.gateways[gateway] = GatewayRecord(heard=world.now)
     world.expected.discard(gateway)
+    world.doubtful.pop(gateway, None)
     world.say(gateway, catalog(world))
     for held in message.leases:
         _resume(world, gateway, held)
@@ -53,6 +54,7 @@ def _resume(world: World, gateway: str, held: HeldLease) -> None:
         gateway=gateway,
         epoch=held.epoch,
         granted=held.slots,
+        revision=-1,
         upper=max(held.slots, held.in_flight),
         in_flight=held.in_flight,
         idle_since=world.now,
@@ -67,16 +69,28 @@ def _resume(world: World, gateway: str, held: HeldLease) -> None:
         # Else it may go on: this instance's next opening is on its way and ends the lease that is held.
 
 
+def lost(world: World, gateway: str) -> None:
+    """Note that a gateway's connection was closed: it is dead, or goes on sending until it has said hello again."""
+    if any(key[0] == gateway for instance in world.instances.values() for key in instance.leases):
+        world.doubtful[gateway] = world.now + world.settings.term
+    forget_gateway(world, gateway)
+
+
 def forget_gateway(world: World, gateway: str) -> None:
     """Take back everything a gateway had: its connection is closed, or it has been silent for a term."""
-    if world.gateways.pop(gateway, None) is None:
-        return
+    if gateway in world.gateways:
+        _drop(world, gateway)
+        for instance in world.instances.values():
+            if instance.resident:
+                share(world, instance)
+
+
+def _drop(world: World, gateway: str) -> None:
+    world.gateways.pop(gateway, None)
     waiting.forget_gateway(world, gateway)
     for instance in world.instances.values():
         for key in [key for key in instance.leases if key[0] == gateway]:
             del instance.leases[key]
-        if instance.resident:
-            share(world, instance)
 
 
 def open_instance(world: World, instance: Instance) -> None:
@@ -148,7 +162,7 @@ def share(world: World, instance: Instance, *, opening: bool = False) -> None:
             _tell(world, instance, lease, wanted[lease.gateway])
     for lease in ordered:
         # What others haven't confirmed to have given back can't be given out yet.
-        more = min(wanted[lease.gateway], lease.upper + max(_pool(instance), 0))
+        more = min(wanted[lease.gateway], lease.upper + _pool(instance))
         if more > lease.granted or lease.revision < 0:
             _tell(world, instance, lease, max(more, lease.granted))
 
@@ -181,8 +195,8 @@ def admitted(world: World, gateway: str, message: Admitted) -> None:
     found = _lease(world, gateway, message.model, message.epoch)
     if found is not None:
         instance, lease = found
-        lease.in_flight += 1
-        lease.upper = max(lease.upper, lease.in_flight)
+        # Some may have ended since the last report, but it never runs more than it may.
+        lease.in_flight = min(lease.in_flight + 1, lease.upper)
         if instance.resident:
             share(world, instance)
 

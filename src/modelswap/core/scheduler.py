@@ -64,6 +64,7 @@ class Scheduler:
         times = [at for device in world.devices.values() if (at := swapping.next_deadline(world, device)) is not None]
         if world.begin_deadline is not None:
             times.append(world.begin_deadline)
+        times.extend(world.doubtful.values())
         times.extend(gateway.heard + world.settings.term for gateway in world.gateways.values())
         times.extend(model.backoff.until for model in world.models.values() if model.backoff is not None)
         if len(world.waiting):
@@ -77,6 +78,11 @@ class Scheduler:
     def check(self) -> None:
         """Assert every invariant; raises `AssertionError` that says which one is broken."""
         invariants.check(self._world)
+
+    @property
+    def world(self) -> World:
+        """All that it knows, for tests and the simulator to look at."""
+        return self._world
 
     # ── events ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -132,8 +138,12 @@ class Scheduler:
         world = self._world
         world.expected = set(event.expected) - world.gateways.keys()
         world.begin_deadline = world.now + world.settings.term
+        world.doubtful.update(dict.fromkeys(world.expected, world.begin_deadline))
         if not world.instances:
             world.expected.clear()  # nothing runs, so no lease can be held on anything
+        for device in world.devices.values():
+            if not device.private:
+                device.dirty = max(world.room(device), 0)  # what an earlier orchestrator put out may still hold it
 
     def _gateway_said(self, event: events.GatewaySaid) -> None:
         world = self._world
@@ -148,11 +158,11 @@ class Scheduler:
         match message:
             case Want():
                 waiting.want(world, gateway, message)
-                instance = world.instance_of(message.model)
-                if instance is not None and instance.resident:
-                    leasing.share(world, instance)
+                self._share(message.model)
             case Forget():
-                waiting.forget(world, (gateway, message.ticket))
+                ticket = waiting.forget(world, (gateway, message.ticket))
+                if ticket is not None:
+                    self._share(ticket.model)  # a slot may have been given for this very ticket
             case Admitted():
                 leasing.admitted(world, gateway, message)
             case Usage():
@@ -164,8 +174,13 @@ class Scheduler:
             case Heartbeat():
                 world.say(gateway, Heartbeat(n=message.n))
 
+    def _share(self, model: str) -> None:
+        instance = self._world.instance_of(model)
+        if instance is not None and instance.resident:
+            leasing.share(self._world, instance)
+
     def _gateway_lost(self, event: events.GatewayLost) -> None:
-        leasing.forget_gateway(self._world, event.gateway)
+        leasing.lost(self._world, event.gateway)
 
     def _bring_in_stage(self, event: events.BringInStage) -> None:
         instance = self._world.instances.get(event.instance)
@@ -181,7 +196,9 @@ class Scheduler:
     def _bring_in_failed(self, event: events.BringInFailed) -> None:
         instance = self._in(event.instance, InstanceState.STARTING)
         if instance is not None:
-            swapping.bring_in_failed(self._world, instance, event.code, event.message, permanent=event.permanent)
+            swapping.bring_in_failed(
+                self._world, instance, event.code, event.message, permanent=event.permanent, killed=event.killed
+            )
 
     def _died(self, event: events.Died) -> None:
         instance = self._in(event.instance, InstanceState.READY, InstanceState.DRAINING)
@@ -252,6 +269,7 @@ class Scheduler:
         world = self._world
         self._break_silent_gateways()
         self._end_backoffs()
+        world.doubtful = {name: until for name, until in world.doubtful.items() if world.now < until}
         if world.begin_deadline is not None and (not world.expected or world.now >= world.begin_deadline):
             self._open_adopted()
         for instance in [i for i in world.instances.values() if i.gone]:

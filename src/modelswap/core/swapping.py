@@ -60,7 +60,7 @@ def advance(world: World, device: DeviceRecord) -> None:
         _drain(world, device, swap)
     if device.swap is swap and swap.phase is Phase.OUT:
         _after_out(world, device, swap)
-    if device.swap is swap and swap.phase is Phase.RELEASE and not device.dirty:
+    if device.swap is swap and swap.phase is Phase.RELEASE and not device.dirty and not _addressed(world):
         _bring_in(world, device, swap)
 
 
@@ -93,6 +93,7 @@ def brought_in(world: World, instance: Instance) -> None:
     if model is not None and swap is not None:
         model.load_time.add(world.now - swap.phase_began)
         model.swap_time.add(world.now - swap.began - swap.phases.get(Phase.DRAIN, 0.0))
+        model.tried_again = False
         model.failures = max(model.early_deaths - world.settings.crashes_forgiven, 0)
     leasing.open_instance(world, instance)
     if swap is not None:
@@ -101,13 +102,21 @@ def brought_in(world: World, instance: Instance) -> None:
     waiting.answer_ensures(world, instance, "cold", swap.source if swap is not None else None)
 
 
-def bring_in_failed(world: World, instance: Instance, code: Code, message: str, *, permanent: bool) -> None:
-    """Refuse whoever waits for a model that would not start, and leave it alone for a while."""
+def bring_in_failed(
+    world: World, instance: Instance, code: Code, message: str, *, permanent: bool, killed: bool
+) -> None:
+    """Refuse whoever waits for a model that would not start, and leave it alone for a while.
+
+    One that was ``killed`` from outside is tried once more, for the same waiters.
+    """
     device = world.devices[instance.device]
     world.transition(instance, InstanceState.FAILED, message.partition("\n")[0])
     _soil(device, instance)
-    instance.leases.clear()
-    back_off(world, instance.model, code, message, permanent=permanent)
+    model = world.models.get(instance.model)
+    if killed and model is not None and not model.tried_again:
+        model.tried_again = True
+    else:
+        back_off(world, instance.model, code, message, permanent=permanent)
     _end(world, device, SwapOutcome.FAILED, message)
 
 
@@ -191,6 +200,11 @@ def stop_at_once(world: World, instance: Instance) -> None:
 
 
 # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _addressed(world: World) -> bool:
+    """Return whether a gateway may still use an address that a new engine could get."""
+    return bool(world.doubtful) or any(instance.gone for instance in world.instances.values())
 
 
 def _outdated(world: World, instance: Instance) -> bool:

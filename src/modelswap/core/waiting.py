@@ -43,9 +43,9 @@ def grant(world: World, key: TicketKey) -> None:
             model.pace.admitted(world.now, world.waiting.line(ticket.model).count)
 
 
-def forget(world: World, key: TicketKey) -> None:
-    """Note that a ticket's client has gone."""
-    _end(world, key, "forgotten")
+def forget(world: World, key: TicketKey) -> Ticket | None:
+    """Note that a ticket's client has gone; returns the ticket, if it still waited."""
+    return _end(world, key, "forgotten")
 
 
 def forget_gateway(world: World, gateway: str) -> None:

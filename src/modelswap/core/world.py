@@ -92,6 +92,8 @@ class ModelRecord:
     backoff: Backoff | None = None
     failures: int = 0
     """Failed starts in a row, and early deaths beyond those that are forgiven."""
+    tried_again: bool = False
+    """Its last start was killed from outside, and the one after it is free."""
     early_deaths: int = 0
     """Deaths soon after coming in, in a row."""
 
@@ -152,6 +154,8 @@ class World:
     begun: bool = False
     begin_deadline: float | None = None
     expected: set[str] = field(default_factory=set)
+    doubtful: dict[str, float] = field(default_factory=dict)
+    """Gateways that may use leases we don't know of, and until when: they would have said hello again by then."""
     shutting_down: bool = False
     catalog_changed: bool = False
     progress_at: float = 0.0
