@@ -59,7 +59,4 @@ def log_out_of_memory(log: Log, error: OutOfDeviceMemory) -> None:
 def log_failed(log: Log, model: str) -> None:
     """Say what vLLM says when there is no such model."""
     log.raw("Traceback (most recent call last):")
-    log.raw(
-        f"OSError: {model} is not a local folder and is not a valid model identifier listed on "
-        "'https://huggingface.co/models'"
-    )
+    log.raw(f"OSError: {model} is not a local folder and is not a valid model identifier")
