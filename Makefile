@@ -59,7 +59,7 @@ bench-sched: $(STAMP)  ## scheduling policies in virtual time
 	@$(BIN)/python bench/sched.py $(ARGS)
 
 test-openvino: $(STAMP)  ## the embedded engine on real weights
-	@$(BIN)/pytest -q -m openvino tests/engines $(ARGS)
+	@$(BIN)/pytest -q -m openvino $(ARGS)
 
 test-vllm: $(STAMP)  ## swaps between real vLLM servers (needs MODELSWAP_VLLM_PYTHON and MODELSWAP_VLLM_MODEL)
 	@$(BIN)/pytest -q -m vllm tests/system $(ARGS)
