@@ -13,7 +13,7 @@ import pytest
 from modelswap.testing.ledger import HISTORY, Account, Ledger, OutOfDeviceMemory
 from modelswap.testing.liveness import born
 
-ENDLESS = "import sys, signal; print('up', flush=True); signal.pause()"
+ENDLESS = "import sys, signal; signal.alarm(900); print('up', flush=True); signal.pause()"
 
 
 @pytest.fixture
