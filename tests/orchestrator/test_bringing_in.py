@@ -111,6 +111,27 @@ async def test_a_process_that_ends_fails_the_start_at_once(world: World, permane
     assert world.outside.hosted == {}
 
 
+async def test_a_start_that_somebody_killed_is_told_as_that(world: World) -> None:
+    """SIGKILL says nothing about the model."""
+    world.engine.said = Readiness(ready=False)
+    job = asyncio.create_task(bring_in(world.outside, world.host(), adopted=False))
+    await until(lambda: "a.1.1" in world.runtime.living)
+    world.runtime.die("a.1.1", -9)
+    await job
+    assert world.of(events.BringInFailed)[0].killed
+
+
+async def test_an_end_explains_the_broken_connection_before_it(world: World) -> None:
+    """The canary's connection breaks a moment before the process has ended."""
+    world.engine.canary_error = aiohttp.ServerDisconnectedError()
+    job = asyncio.create_task(bring_in(world.outside, world.host(), adopted=False))
+    await until(lambda: world.engine.canaries == 1)
+    world.runtime.die("a.1.1", -11)
+    await job
+    (failed,) = world.of(events.BringInFailed)
+    assert "failed to start (killed by signal 11)" in failed.message and not failed.killed
+
+
 async def test_a_start_that_takes_too_long_is_stopped_and_told(world: World) -> None:
     """`start_timeout` ends it: everything is stopped first, then it is SWAP_TIMEOUT with the log."""
     world.engine.said = Readiness(ready=False)

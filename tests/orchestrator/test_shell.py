@@ -204,6 +204,15 @@ async def test_a_deadline_in_the_past_does_not_starve_the_others(rig: Rig) -> No
     await cancel(task)
 
 
+async def test_a_frozen_shell_decides_nothing_more(rig: Rig) -> None:
+    """What is queued is dropped, and what comes is not queued."""
+    rig.shell.post(rig.lost("late"))
+    rig.shell.freeze()
+    rig.shell.post(rig.lost("later"))
+    await until(lambda: rig.shell.problems() == ["the scheduler's loop has ended"])
+    assert rig.scheduler.seen == []
+
+
 async def test_tasks_are_owned_until_they_end() -> None:
     """A failure is logged and counted; `close` cancels and awaits the rest, also what they start meanwhile."""
     tasks = Tasks()

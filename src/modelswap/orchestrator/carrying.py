@@ -55,7 +55,8 @@ class Carrier:
                 self.tasks.start(work, f"put out {effect.instance}")
             case effects.Watch():
                 hosted = self.outside.hosted.get(effect.instance)
-                if hosted is not None and hosted.running is not None:
+                unwatched = hosted is not None and (hosted.watch is None or hosted.watch.done())
+                if hosted is not None and hosted.running is not None and unwatched:
                     hosted.watch = self.tasks.start(watching.watch(self.outside, hosted), f"watch {effect.instance}")
             case effects.Probe():
                 self.tasks.start(watching.probe(self.outside, effect.instance), f"probe {effect.instance}")

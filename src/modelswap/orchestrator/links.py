@@ -197,11 +197,11 @@ class Links:
         return True
 
     def _retire(self, link: Link) -> bool:
-        if self._current.get(link.gateway) is not link:
+        # When it is we who end, the gateway goes on with what it holds, and the next orchestrator must expect it.
+        if self._closing or self._current.get(link.gateway) is not link:
             return False
         del self._current[link.gateway]
-        if not self._closing:
-            self._on_change(link.gateway, False)
+        self._on_change(link.gateway, False)
         return True
 
     def _said(self, link: Link, message: GatewayMessage, still: Callable[[], bool]) -> None:

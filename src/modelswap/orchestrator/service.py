@@ -161,7 +161,8 @@ class Service:
             return changes
 
     def end(self) -> None:
-        """Let go whoever streams or waits, and gateways; engines run on."""
+        """Decide nothing more, and let go whoever streams or waits, and gateways; engines run on."""
+        self.shell.freeze()
         self.ending.set()
         self.feed.close()
         self.links.close()

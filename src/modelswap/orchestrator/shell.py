@@ -63,10 +63,18 @@ class Shell:
         self._beat = clock()
         self._failure = ""
         self._running = False
+        self._frozen = False
 
     def post(self, event: events.Event, still: Callable[[], bool] | None = None) -> None:
         """Queue an event. ``still`` is asked right before its turn, and if it says no the event is dropped."""
-        self._queue.append((event, still))
+        if not self._frozen:
+            self._queue.append((event, still))
+            self._wake.set()
+
+    def freeze(self) -> None:
+        """Decide nothing more: what happens from now on (our own connections close) is not for this scheduler."""
+        self._frozen = True
+        self._queue.clear()
         self._wake.set()
 
     def snapshot(self) -> Snapshot:
@@ -85,10 +93,10 @@ class Shell:
         return found
 
     async def run(self) -> None:
-        """Go on until cancelled."""
+        """Go on until cancelled or frozen."""
         self._running = True
         try:
-            while True:
+            while not self._frozen:
                 self._beat = self._clock()
                 for _ in range(_BATCH):
                     if not self._queue:
