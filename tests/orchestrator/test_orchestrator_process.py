@@ -17,7 +17,7 @@ import pytest
 
 from modelswap.orchestrator.main import serve
 from modelswap.protocol.codec import decode_from_orchestrator, encode
-from modelswap.protocol.messages import Catalog, Hello, Open, OrchestratorMessage
+from modelswap.protocol.messages import Catalog, Close, HeldLease, Hello, Open, OrchestratorMessage
 from modelswap.runtimes.process import ProcessRuntime
 from modelswap.spec.load import load
 from modelswap.testing.engine.options import Options, command
@@ -116,12 +116,14 @@ class Rig:
                     return found
                 await asyncio.sleep(0.01)
 
-    async def connect(self, http: aiohttp.ClientSession, gateway: str) -> aiohttp.ClientWebSocketResponse:
-        """Return a gateway's connection."""
+    async def connect(
+        self, http: aiohttp.ClientSession, gateway: str, *leases: HeldLease
+    ) -> aiohttp.ClientWebSocketResponse:
+        """Return a gateway's connection, on which it said what it holds."""
         token = (self.state / "token").read_text().strip()
         headers = {"authorization": f"Bearer {token}"}
         connection = await http.ws_connect(self.url + "/gateway", headers=headers)
-        await connection.send_str(encode(Hello(gateway=gateway)).decode())
+        await connection.send_str(encode(Hello(gateway=gateway, leases=leases)).decode())
         return connection
 
 
@@ -180,6 +182,31 @@ async def test_an_engine_outlives_its_orchestrator_and_is_adopted(rig: Rig, endi
         await gateway.close()
     second = await rig.ensure("a")
     assert second["mechanism"] == "resident" and second["address"] == first["address"]
+    assert rig.ledger.read().overlaps == 0
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL], ids=["told to end", "killed"])
+async def test_an_orchestrator_that_ends_amid_a_drain_cuts_nothing(rig: Rig, ending: signal.Signals) -> None:
+    """What still streams goes on: its engine is stopped neither by the old orchestrator nor by the next one."""
+    await rig.start()
+    async with aiohttp.ClientSession() as http:
+        gateway = await rig.connect(http, "g1")
+        first = await rig.ensure("a")
+        opened = await heard(gateway, Open)
+        await rig.ask("POST", "/ensure_model", {"model": "b", "wait": False})
+        await heard(gateway, Close)
+        await rig.end(ending)
+        await rig.start()
+        held = HeldLease(model="a", epoch=opened.epoch, slots=opened.slots, in_flight=1, closing=True)
+        gateway = await rig.connect(http, "g1", held)
+        await rig.status_when(lambda s: s["begun"])
+        assert (await rig.ensure("a"))["address"] == first["address"]
+        await rig.ask("POST", "/ensure_model", {"model": "b", "wait": False})
+        await heard(gateway, Close)
+        await rig.status_when(lambda s: s["swaps"] and s["swaps"][0]["phase"] == "drain")
+        assert [i["state"] for i in (await rig.ask("GET", "/status"))[1]["instances"]] == ["draining"]
+        await gateway.close()
+    await rig.status_when(lambda s: s["current_model"] == "b")
     assert rig.ledger.read().overlaps == 0
 
 
