@@ -195,6 +195,26 @@ async def test_a_model_larger_than_the_device_is_broken(world: World) -> None:
     assert world.runtime.orders == []
 
 
+async def test_a_bug_in_explaining_a_failure_is_reported_too(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a diagnosis that fails nor a log that can't be read leaves the scheduler waiting."""
+
+    def diagnose(*_: object) -> Diagnosis:
+        raise RuntimeError("unforeseen")
+
+    async def log_tail(*_: object) -> list[str]:
+        raise PermissionError("log")
+
+    monkeypatch.setattr(world.engine, "diagnose", diagnose)
+    monkeypatch.setattr(world.runtime, "log_tail", log_tail)
+    world.engine.said = Readiness(ready=False)
+    job = asyncio.create_task(bring_in(world.outside, world.host(), adopted=False))
+    await until(lambda: "a.1.1" in world.runtime.living)
+    world.runtime.die("a.1.1", 3)
+    with pytest.raises(RuntimeError):
+        await job
+    assert [event.code for event in world.of(events.BringInFailed)] == [Code.INTERNAL]
+
+
 async def test_a_bug_is_reported_and_raised(world: World) -> None:
     """The scheduler hears of it, and the task's owner, too."""
     world.engine.canary_error = RuntimeError("unforeseen")

@@ -56,10 +56,11 @@ async def test_an_engine_that_stays_busy_is_stopped_all_the_same(world: World, m
     assert world.of(events.PutOut)
 
 
-async def test_an_engine_that_cannot_be_asked_is_stopped_all_the_same(world: World) -> None:
+@pytest.mark.parametrize("error", [aiohttp.ServerDisconnectedError(), ValueError("bug")])
+async def test_an_engine_that_cannot_be_asked_is_stopped_all_the_same(world: World, error: Exception) -> None:
     """A broken connection doesn't hold up a stop."""
     world.host_running()
-    world.engine.count_error = aiohttp.ServerDisconnectedError()
+    world.engine.count_error = error
     await put_out(world.outside, "a.1.1", kill=False)
     assert world.of(events.PutOut)
 
@@ -113,7 +114,7 @@ async def test_a_watched_instance_that_ends_is_told_with_its_log(world: World) -
     assert died.message == ("a died: its engine killed by signal 11\nIts last log lines:\nfirst line\nlast line")
 
 
-@pytest.mark.parametrize("error", [None, aiohttp.ServerDisconnectedError(), TimeoutError()])
+@pytest.mark.parametrize("error", [None, aiohttp.ServerDisconnectedError(), TimeoutError(), ValueError("bug")])
 async def test_three_missed_health_checks_mean_it_hangs(world: World, error: Exception | None) -> None:
     """However they are missed."""
     world.engine.well = False

@@ -73,10 +73,13 @@ async def test_a_model_that_can_never_fit_does_not_hold_up_the_others(world: Wor
     assert [type(event) for event in world.events] == [events.Released]
 
 
-async def test_a_device_that_stops_answering_is_a_failed_release(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [DeviceUnreadable("fell off the bus"), RuntimeError("fell off the bus")])
+async def test_a_device_that_stops_answering_is_a_failed_release(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     """Strict waits until it can be read again."""
     monkeypatch.setattr("modelswap.orchestrator.releasing.WATCH_PAUSE", 0.001)
-    world.device.error = DeviceUnreadable("fell off the bus")
+    world.device.error = error
     job = asyncio.create_task(verify_released(world.outside, GPU, Device(), model(), world.engine))
     await until(lambda: bool(world.of(events.ReleaseFailed)))
     world.device.error = None

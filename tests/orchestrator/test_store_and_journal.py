@@ -159,6 +159,42 @@ async def test_corruption_while_running_keeps_the_journal(tmp_path: Path) -> Non
     await store.close()
 
 
+async def test_a_broken_file_that_cannot_be_renamed_is_replaced_by_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is kept then, but everything works."""
+    (tmp_path / "db").write_bytes(b"this is not a database at all" * 100)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    store, journal = await opened(tmp_path / "db")
+    await journal.intend("a.1", "a", "digest", ADDRESS)
+    assert store.problem is not None and "not yours" in store.problem
+    await store.close()
+
+
+async def test_corruption_found_by_reading_is_mended_too(tmp_path: Path) -> None:
+    """The query has no rows, and the next one works."""
+    store, _ = await opened(tmp_path / "db")
+    assert store._db is not None
+    store._db.close()
+
+    class Damaged:
+        def execute(self, *_: object) -> None:
+            raise BrokenDatabase("database disk image is malformed")
+
+        def close(self) -> None:
+            raise sqlite3.OperationalError("disk full")
+
+    store._db = Damaged()  # type: ignore[assignment]
+    assert await store.read("select 1") == []
+    assert await store.read("select 1") == [(1,)]
+    await store.close()
+    assert not store._write((("select 1", ()),))
+
+
 async def test_a_full_disk_is_named_and_forgiven(tmp_path: Path) -> None:
     """Writes fail with a remedy, nothing is raised, and it works again once there is space."""
     store, journal = await opened(tmp_path / "db")

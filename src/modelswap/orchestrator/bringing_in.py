@@ -48,6 +48,14 @@ async def bring_in(outside: Outside, hosted: Hosted, *, adopted: bool) -> None:
     When cancelled, what was started goes on: whoever cancels stops it, or leaves it to the next orchestrator.
     """
     try:
+        await _bring_in(outside, hosted, adopted=adopted)
+    except Exception as bug:  # a mistake in an engine's or our code must not leave the scheduler waiting
+        await _fail(outside, hosted, Code.INTERNAL, Diagnosis(f"{hosted.model}: internal error: {bug!r}", False))
+        raise
+
+
+async def _bring_in(outside: Outside, hosted: Hosted, *, adopted: bool) -> None:
+    try:
         limit = asyncio.timeout(hosted.spec.start_timeout)
         try:
             async with limit:
@@ -71,9 +79,6 @@ async def bring_in(outside: Outside, hosted: Hosted, *, adopted: bool) -> None:
     except ModelswapError as error:
         permanent = error.code is Code.MODEL_BROKEN
         await _fail(outside, hosted, error.code, Diagnosis(f"{hosted.model} can't be started: {error}", permanent))
-    except Exception as bug:  # a mistake in an engine's or our code must not leave the scheduler waiting
-        await _fail(outside, hosted, Code.INTERNAL, Diagnosis(f"{hosted.model}: internal error: {bug!r}", False))
-        raise
     else:
         hosted.slots = slots
         hosted.ready = True

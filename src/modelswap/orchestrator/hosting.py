@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 import aiohttp
+import structlog
 
 from modelswap.core.events import Event
 from modelswap.devices.base import Device
@@ -23,6 +24,8 @@ FIRST_PAUSE: Final = 0.002
 FAST_PAUSE: Final = 0.05
 SLOW_PAUSE: Final = 0.25
 SLOW_AFTER: Final = 10.0
+
+_log = structlog.get_logger(__name__)
 
 
 class HostRuntime(Runtime, Protocol):
@@ -70,8 +73,12 @@ class Outside:
     hosted: dict[str, Hosted] = field(default_factory=dict)
 
     async def last_lines(self, hosted: Hosted, lines: int = SHOWN_LINES) -> list[str]:
-        """Return an instance's last log lines, without the model's API key."""
-        tail = await self.runtime.log_tail(hosted.model, lines, hosted.instance)
+        """Return an instance's last log lines, without the model's API key; none if they can't be read."""
+        try:
+            tail = await self.runtime.log_tail(hosted.model, lines, hosted.instance)
+        except Exception as error:  # noqa: BLE001 - they only explain what must be told in any case
+            _log.warning("log can't be read", model=hosted.model, instance=hosted.instance, error=repr(error))
+            return []
         return redacted(tail, hosted.spec)
 
 

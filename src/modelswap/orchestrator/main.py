@@ -96,7 +96,7 @@ async def serve_api(
         server.should_exit = True
         await serving
         await asyncio.gather(up, stopped, reloading, return_exceptions=True)
-    _log.info("stopped; engines run on", url=url)
+    _log.info("stopped", url=url)
 
 
 async def _reload_whenever(service: Service, reload: asyncio.Event) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-import aiohttp
 import structlog
 
 from modelswap.core import events
@@ -46,5 +45,5 @@ async def _quiet(outside: Outside, hosted: Hosted) -> None:
                 await asyncio.sleep(pause(outside.clock() - began))
     except TimeoutError:
         _log.warning("still busy after draining", model=hosted.model, instance=hosted.instance)
-    except aiohttp.ClientError as error:
+    except Exception as error:  # noqa: BLE001 - whatever goes wrong in asking, it must be stopped
         _log.warning("can't be asked what runs", model=hosted.model, instance=hosted.instance, error=repr(error))

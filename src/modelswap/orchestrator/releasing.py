@@ -12,7 +12,6 @@ from modelswap.devices.base import Device
 from modelswap.devices.release import verified_release
 from modelswap.engines.base import Engine
 from modelswap.orchestrator.hosting import Outside
-from modelswap.protocol.errors import ModelswapError
 from modelswap.spec.config import Device as DeviceConfig
 from modelswap.spec.config import Model
 
@@ -32,7 +31,7 @@ async def verify_released(
     """
     try:
         await _verify(outside.device, model, engine, config.release_timeout)
-    except ModelswapError as failed:  # not released, or not readable any more
+    except Exception as failed:  # noqa: BLE001 - not released, or not readable, or whatever a driver may raise
         if config.on_release_timeout == "warn":
             _log.warning("memory not released; going on", device=name, reason=str(failed))
         else:
@@ -47,7 +46,7 @@ async def _until_released(device: Device, model: Model | None, engine: Engine | 
     while True:
         try:
             await _verify(device, model, engine, WATCH_TERM)
-        except ModelswapError:
+        except Exception:  # noqa: BLE001 - as above
             await asyncio.sleep(WATCH_PAUSE)
         else:
             return

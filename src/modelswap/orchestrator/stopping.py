@@ -9,7 +9,6 @@ import structlog
 
 from modelswap.core import events
 from modelswap.orchestrator.hosting import Hosted, Outside
-from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.base import Running
 
 STUCK_PAUSE: Final = 5.0
@@ -29,7 +28,7 @@ async def stop_surely(outside: Outside, hosted: Hosted, running: Running, grace:
     while True:
         try:
             ended = await outside.runtime.stop(running, grace)
-        except ModelswapError as stuck:  # Unkillable, or the runtime itself is away
+        except Exception as stuck:  # noqa: BLE001 - Unkillable, or the runtime fails: it runs until it is seen to end
             if not told:
                 told = True
                 _log.error("can't be stopped", model=hosted.model, instance=hosted.instance, reason=str(stuck))

@@ -6,6 +6,7 @@ import asyncio
 from typing import Final
 
 import aiohttp
+import structlog
 
 from modelswap.core import events
 from modelswap.orchestrator.hosting import Hosted, Outside, told
@@ -14,6 +15,8 @@ from modelswap.runtimes.base import Exit, Running
 MISSES: Final = 3
 PROBE_LIMIT: Final = 5.0
 _LEAST_HEALTH_LIMIT: Final = 5.0
+
+_log = structlog.get_logger(__name__)
 
 
 async def watch(outside: Outside, hosted: Hosted) -> None:
@@ -55,6 +58,9 @@ async def _healthy(outside: Outside, hosted: Hosted, running: Running, limit: fl
         async with asyncio.timeout(limit):
             return await hosted.engine.healthy(outside.http, hosted.spec, running.address)
     except (aiohttp.ClientError, TimeoutError):
+        return False
+    except Exception as error:  # noqa: BLE001 - a mistake in an engine's code must not leave the instance unwatched
+        _log.error("health check failed", model=hosted.model, instance=hosted.instance, exc_info=error)
         return False
 
 
