@@ -15,14 +15,15 @@ import msgspec
 from modelswap.protocol.errors import Code, ModelswapError
 
 
-class Call(msgspec.Struct):
+class Call(msgspec.Struct, gc=False):
     """The members of a request body that decide where it goes and how; everything else is skipped."""
 
     model: Any = None
     stream: Any = None
 
 
-_decode = msgspec.json.Decoder(Call).decode
+decode: Final = msgspec.json.Decoder(Call).decode
+"""`read`, but raises what msgspec raises."""
 
 # msgspec refuses lone surrogates in escapes; clients that cut emoji in two send them, and engines take them.
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -42,7 +43,7 @@ def read(body: bytes) -> Call:
 
     """
     try:
-        return _decode(body)
+        return decode(body)
     except msgspec.ValidationError:
         raise _invalid("The request body must be a JSON object") from None
     except RecursionError:

@@ -1,8 +1,9 @@
 """Metrics that all workers of a gateway keep together, each in a memory-mapped file of its own.
 
-Counting costs one write to memory. Whichever worker is asked sums over all files. A worker that dies leaves its file
-behind, and the next one that starts goes on counting in it, so that sums never fall. A file is in use as long as its
-lock is held, which ends with the process, however it ends; gauges count only while it is.
+Requests are counted in the process and written down at each tick, other things at once. Whichever worker is asked sums
+over all files. A worker that dies leaves its file behind, and the next one that starts goes on counting in it, so that
+sums never fall. A file is in use as long as its lock is held, which ends with the process, however it ends; gauges
+count only while it is.
 
 A file is a header and then records, appended and never moved: key length, key, kind, values. All numbers are
 64-bit integers (sums of seconds in microseconds).
@@ -102,26 +103,79 @@ class Histogram:
         view[at] += int(seconds * 1e6)
         view[at + 1 + bisect_left(BUCKETS, seconds)] += 1
 
+    def add(self, seconds: float, buckets: list[int]) -> None:
+        """Count many durations, given their sum and how many were in each bucket."""
+        view = self._view
+        view[self._at] += int(seconds * 1e6)
+        for at, n in enumerate(buckets, self._at + 1):
+            view[at] += n
+
 
 class Series:
-    """What is counted for one model on one path."""
+    """What is counted for one model on one path, since it was last written down."""
 
-    __slots__ = ("_labels", "_metrics", "_statuses", "duration", "first_byte")
+    __slots__ = (
+        "_durations",
+        "_first_bytes",
+        "_labels",
+        "_metrics",
+        "_noted",
+        "_statuses",
+        "_sum_of_durations",
+        "_sum_of_first_bytes",
+    )
 
     def __init__(self, metrics: Metrics, model: str, path: str) -> None:
         self._metrics = metrics
         self._labels: Labels = (("model", model), ("path", path))
-        self._statuses: dict[int, Number] = {}
-        self.first_byte = metrics.histogram(FIRST_BYTE, self._labels)
-        self.duration = metrics.histogram(DURATION, self._labels)
+        self._noted = False
+        self._statuses: dict[int, int] = {}
+        self._first_bytes = [0] * (len(BUCKETS) + 1)
+        self._durations = [0] * (len(BUCKETS) + 1)
+        self._sum_of_first_bytes = 0.0
+        self._sum_of_durations = 0.0
 
-    def status(self, status: int) -> Number:
-        """Return the counter of requests that were answered with ``status``."""
-        number = self._statuses.get(status)
-        if number is None:
-            number = self._metrics.number(REQUESTS, (*self._labels, ("status", str(status))))
-            self._statuses[status] = number
-        return number
+    def relayed(self, status: int, first_byte: float, duration: float) -> None:
+        """Count a response of an engine: the seconds from its request to its first byte, and to its end."""
+        self._sum_of_first_bytes += first_byte
+        self._first_bytes[bisect_left(BUCKETS, first_byte)] += 1
+        self._sum_of_durations += duration
+        self._durations[bisect_left(BUCKETS, duration)] += 1
+        self.count(status)
+
+    def ended(self, status: int, duration: float) -> None:
+        """Count a request that no engine's response was there for."""
+        self._sum_of_durations += duration
+        self._durations[bisect_left(BUCKETS, duration)] += 1
+        self.count(status)
+
+    def count(self, status: int) -> None:
+        """Count a request that was answered with ``status``."""
+        try:
+            self._statuses[status] += 1
+        except KeyError:
+            self._statuses[status] = 1
+        if not self._noted:
+            self._noted = True
+            self._metrics.changed.append(self)
+
+    def prepare(self, status: int) -> None:
+        """Make everything at zero, and the counter of this status."""
+        self._statuses.setdefault(status, 0)
+        self.write_down()
+
+    def write_down(self) -> None:
+        """Add what was counted to the worker's file."""
+        self._noted = False
+        metrics = self._metrics
+        for status, n in self._statuses.items():
+            metrics.number(REQUESTS, (*self._labels, ("status", str(status)))).add(n)
+            self._statuses[status] = 0
+        metrics.histogram(FIRST_BYTE, self._labels).add(self._sum_of_first_bytes, self._first_bytes)
+        metrics.histogram(DURATION, self._labels).add(self._sum_of_durations, self._durations)
+        self._sum_of_first_bytes = self._sum_of_durations = 0.0
+        for i in range(len(BUCKETS) + 1):
+            self._first_bytes[i] = self._durations[i] = 0
 
 
 class Metrics:
@@ -135,6 +189,8 @@ class Metrics:
         self._used: int = _HEADER.unpack_from(self._map)[1]
         self._places: dict[_Key, int] = {}
         self._series: dict[tuple[str, str], Series] = {}
+        self.changed: list[Series] = []
+        """The series in which something has been counted since `write_down`."""
         for key, at, length in _records(self._map):
             self._places[key] = at
             if _HELP.get(key.name, ("", ""))[0] == "gauge":
@@ -143,17 +199,22 @@ class Metrics:
 
     def close(self) -> None:
         """Give the file up to the next worker."""
+        self.write_down()
         self._view.release()
         self._map.close()
         os.close(self._fd)
 
     def number(self, name: str, labels: Labels = ()) -> Number:
         """Return the counter or gauge of that name, made at zero if new."""
-        return Number(self._view, self._place(_Key(name, labels), 1))
+        return Number(self._view, self.place(name, labels))
 
     def histogram(self, name: str, labels: Labels = ()) -> Histogram:
         """Return the histogram of that name, made at zero if new."""
-        return Histogram(self._view, self._place(_Key(name, labels), len(BUCKETS) + 2))
+        return Histogram(self._view, self.place(name, labels))
+
+    def place(self, name: str, labels: Labels) -> int:
+        """Return where the values of that name are in memory, as an index."""
+        return self._place(_Key(name, labels), len(BUCKETS) + 2 if _HELP[name][0] == "histogram" else 1)
 
     def series(self, model: str, path: str) -> Series:
         """Return what is counted for ``model`` (empty if none was found) on ``path``, both from bounded sets."""
@@ -172,10 +233,17 @@ class Metrics:
             self.number(CONNECTS, (("model", model),))
             self.histogram(QUEUE_WAIT, (("model", model),))
             for path in paths:
-                self.series(model, path).status(200)
+                self.series(model, path).prepare(200)
+
+    def write_down(self) -> None:
+        """Write to memory that outlives this process what was counted since the last time."""
+        changed, self.changed = self.changed, []
+        for series in changed:
+            series.write_down()
 
     def read(self) -> dict[str, dict[Labels, list[int]]]:
         """Return the sums over all workers by name and labels."""
+        self.write_down()
         sums: dict[str, dict[Labels, list[int]]] = {}
         for path in sorted(self._folder.glob("worker-*.metrics")):
             for key, values in _read_file(path):

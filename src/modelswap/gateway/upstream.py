@@ -7,36 +7,30 @@ import contextlib
 import socket
 import struct
 from collections.abc import Callable
-from enum import IntEnum
 from time import monotonic
 from typing import TYPE_CHECKING, Final, cast
 
 from modelswap.core.admission import Lease, LeaseState
 from modelswap.gateway.chunked import BadChunk, ChunkScanner
-from modelswap.gateway.headers import CHUNKED, BadHead, ResponseHead
+from modelswap.gateway.headers import CHUNKED, BadHead, Likeness, ResponseHead, read_response
 from modelswap.gateway.metrics import CONNECTS
 
 if TYPE_CHECKING:
     from modelswap.gateway.exchange import Exchange
     from modelswap.gateway.worker import Worker
 
-IDLE_SECONDS: Final = 4.0
-"""How long an idle connection is kept: less than any engine's own limit (uvicorn's is 5 s)."""
-IDLE_MARGIN: Final = 1.0
-"""How much earlier than the engine says a connection is given up."""
 CONNECT_SECONDS: Final = 10.0
 MAX_RESPONSE_HEAD: Final = 256 * 1024
 
 
-class _Mode(IntEnum):
-    IDLE = 0
-    HEAD = 1
-    LENGTH = 2
-    CHUNKED = 3
-    UNTIL_CLOSE = 4
+# Where a connection is in its response. Plain integers: members of an enum take 50 ns to name.
+_IDLE: Final = 0
+_HEAD: Final = 1
+_LENGTH: Final = 2
+_CHUNKED: Final = 3
+_UNTIL_CLOSE: Final = 4
 
-
-_IDLE, _HEAD, _LENGTH, _CHUNKED, _UNTIL_CLOSE = _Mode
+_OPEN: Final = LeaseState.OPEN
 
 
 class Upstream(asyncio.Protocol):
@@ -48,6 +42,8 @@ class Upstream(asyncio.Protocol):
         "_exchange",
         "_keep",
         "_left",
+        "_like",
+        "_like_head",
         "_mode",
         "_paused",
         "_pool",
@@ -63,10 +59,12 @@ class Upstream(asyncio.Protocol):
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._exchange: Exchange | None = None
-        self._mode: _Mode = _IDLE
+        self._mode = _IDLE
         self._buffer = b""
         self._chunks = ChunkScanner()
         self._left = 0
+        self._like: Likeness | None = None
+        self._like_head: ResponseHead | None = None
         self._keep: float | None = None
         self._raw: Callable[[bytes], None] | None = None
         self._paused = False
@@ -76,14 +74,14 @@ class Upstream(asyncio.Protocol):
 
     # ── the exchange's side ──────────────────────────────────────────────────────────────────────────────
 
-    def send(self, exchange: Exchange, head: bytes, body: bytes) -> None:
-        """Send a request and hand its response to ``exchange``."""
+    def send(self, exchange: Exchange, request: bytes, rest: bytes = b"") -> None:
+        """Send a request, in one piece or two, and hand its response to ``exchange``."""
         self._exchange = exchange
         self._mode = _HEAD
-        if len(body) < 32768:
-            self.transport.write(head + body)
+        if rest:
+            self.transport.writelines((request, rest))
         else:
-            self.transport.writelines((head, body))
+            self.transport.write(request)
 
     def pause(self) -> None:
         """Read no more from the engine until `resume`: the client doesn't take it."""
@@ -169,79 +167,93 @@ class Upstream(asyncio.Protocol):
             exchange.failed(reason, reused=not self.fresh and not self._buffer)
         elif mode == _UNTIL_CLOSE and exc is None:
             self._mode = _IDLE
-            exchange.complete()
+            exchange.complete(monotonic())
         else:
             exchange.broken(f"the engine's connection broke off: {exc or 'closed by the engine'}", self)
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _head(self, data: bytes) -> None:
+        like = self._like
+        if like is not None and data.startswith(like.prefix) and not self._buffer:
+            at = like.at
+            stop = data.find(b"\r", at, at + 19)
+            digits = data[at:stop]
+            if digits.isdigit() and data.startswith(like.suffix, stop):
+                head = self._like_head
+                assert head is not None  # noqa: S101 - for the type checker: it comes with its likeness
+                self._begin(head, int(digits), data[stop + like.suffix_size :])
+                return
         if self._buffer:
             data = self._buffer + data
         end = data.find(b"\r\n\r\n") + 4
-        exchange = self._exchange
-        assert exchange is not None  # noqa: S101 - for the type checker: _HEAD implies it
         if end < 4:
             self._buffer = data
             if len(data) > MAX_RESPONSE_HEAD:
                 self._refuse("the engine's response head is too large")
             return
+        self._buffer = b""
         try:
-            head = self._pool.worker.heads.response(data[:end])
+            head, length = read_response(data[:end])
         except BadHead as error:
             self._refuse(str(error))
             return
-        status = head.status
-        if status < 200:
-            self._buffer = b""
-            if status == 101:
+        if head.status < 200:
+            if head.status == 101:
                 self._refuse("the engine switched protocols")
             elif len(data) > end:
                 self._head(data[end:])
             return
-        self._buffer = b""
-        self._keep = _idle_seconds(head)
-        length = head.length
-        raw = self._raw = exchange.begin(head)
-        rest = data[end:]
-        if length == CHUNKED:
-            self._mode = _CHUNKED
-            self._chunks = ChunkScanner()
-        elif length >= 0:
-            self._mode = _LENGTH
+        if length >= 0 and head.status == 200:
+            self._like = Likeness(data[:end])
+            self._like_head = head
+        self._begin(head, length, data[end:])
+
+    def _begin(self, head: ResponseHead, length: int, rest: bytes) -> None:
+        exchange = self._exchange
+        assert exchange is not None  # noqa: S101 - for the type checker: a head implies it
+        self._keep = head.reusable
+        out = exchange.begin(head, length)
+        if out is None:
+            self._raw = None
+            self._mode = _CHUNKED if length == CHUNKED else _LENGTH if length >= 0 else _UNTIL_CLOSE
             self._left = length
-        else:
-            self._mode = _UNTIL_CLOSE
-        if raw is None:
+            if length == CHUNKED:
+                self._chunks = ChunkScanner()
             if rest or length == 0:
                 self.data_received(rest)
             return
-        out = exchange.head_bytes
         # The response's head and what came with it go out in one write.
-        if length == CHUNKED:
+        raw = self._raw = exchange.client.transport.write
+        if length >= 0:
+            self._mode = _LENGTH
+            left = self._left = length - len(rest)
+            if left < 0:
+                rest = rest[:left]
+                self._keep = None
+            raw(out + rest if rest else out)
+            if left <= 0:
+                self._finish()
+        elif length == CHUNKED:
+            self._mode = _CHUNKED
+            chunks = self._chunks = ChunkScanner()
             try:
-                ended = self._chunks.scan(rest)
+                ended = chunks.scan(rest)
             except BadChunk as error:
                 raw(out)
                 self._break(f"bad response from the engine: {error}")
                 return
-            if ended >= 0:
-                if ended < len(rest):
-                    rest = rest[:ended]
-                    self._keep = None
+            if ended < 0:
                 raw(out + rest)
-                self._finish()
                 return
-        elif length >= 0:
-            left = self._left = length - len(rest)
-            if left <= 0:
-                if left < 0:
-                    rest = rest[:left]
-                    self._keep = None
-                raw(out + rest)
-                self._finish()
-                return
-        raw(out + rest)
+            if ended < len(rest):
+                rest = rest[:ended]
+                self._keep = None
+            raw(out + rest)
+            self._finish()
+        else:
+            self._mode = _UNTIL_CLOSE
+            raw(out + rest)
 
     def _decode(self, data: bytes) -> None:
         payload: list[bytes] = []
@@ -273,8 +285,15 @@ class Upstream(asyncio.Protocol):
         self._raw = None
         if self._paused:
             self.resume()
-        self._pool.put(self, self._keep)
-        exchange.complete()
+        now = monotonic()
+        pool = self._pool
+        if self._keep is not None and pool.lease.state is _OPEN and not self.lost:
+            self.fresh = False
+            self.idle_until = now + self._keep
+            pool.idle.append(self)
+        else:
+            self.drop()
+        exchange.complete(now)
 
     def _refuse(self, reason: str) -> None:
         exchange = self._exchange
@@ -292,13 +311,13 @@ class Upstream(asyncio.Protocol):
 class Pool:
     """The connections of one lease. Addresses get reused, so no connection outlives its lease."""
 
-    __slots__ = ("_connects", "_idle", "lease", "prefixes", "worker")
+    __slots__ = ("_connects", "idle", "lease", "prefixes", "worker")
 
     def __init__(self, worker: Worker, lease: Lease) -> None:
         self.worker = worker
         self.lease = lease
         self.prefixes: dict[bytes, bytes] = {}
-        self._idle: list[Upstream] = []
+        self.idle: list[Upstream] = []
         self._connects = worker.metrics.number(CONNECTS, (("model", lease.model),))
 
     def prefix(self, target: bytes) -> bytes:
@@ -313,7 +332,7 @@ class Pool:
 
     def take(self, now: float) -> Upstream | None:
         """Return the idle connection that was used last, if one is still good."""
-        idle = self._idle
+        idle = self.idle
         while idle:
             upstream = idle.pop()
             if upstream.idle_until > now and not upstream.lost:
@@ -321,32 +340,23 @@ class Pool:
             upstream.drop()
         return None
 
-    def put(self, upstream: Upstream, seconds: float | None) -> None:
-        """Keep a connection for ``seconds`` (not at all if None), unless its lease takes no more requests."""
-        if seconds is None or self.lease.state is not LeaseState.OPEN or upstream.lost:
-            upstream.drop()
-            return
-        upstream.fresh = False
-        upstream.idle_until = monotonic() + seconds
-        self._idle.append(upstream)
-
     def forget(self, upstream: Upstream) -> None:
         """Drop a connection from the idle ones: it has been closed."""
         with contextlib.suppress(ValueError):
-            self._idle.remove(upstream)
+            self.idle.remove(upstream)
 
     def sweep(self, now: float) -> None:
         """Close the connections that were idle for too long."""
-        if self._idle and self._idle[0].idle_until <= now:
-            good = [upstream for upstream in self._idle if upstream.idle_until > now]
-            old = [upstream for upstream in self._idle if upstream.idle_until <= now]
-            self._idle = good
+        if self.idle and self.idle[0].idle_until <= now:
+            good = [upstream for upstream in self.idle if upstream.idle_until > now]
+            old = [upstream for upstream in self.idle if upstream.idle_until <= now]
+            self.idle = good
             for upstream in old:
                 upstream.drop()
 
     def close_idle(self) -> None:
         """Close every idle connection before this returns."""
-        idle, self._idle = self._idle, []
+        idle, self.idle = self.idle, []
         for upstream in idle:
             upstream.drop()
 
@@ -377,12 +387,3 @@ def hang_up(transport: asyncio.BaseTransport, *, reset: bool = False) -> None:
         real.detach()
     if not transport.is_closing():
         cast("asyncio.Transport", transport).abort()
-
-
-def _idle_seconds(head: ResponseHead) -> float | None:
-    if not head.keep_alive:
-        return None
-    if head.idle is None:
-        return IDLE_SECONDS
-    seconds = min(IDLE_SECONDS, head.idle - IDLE_MARGIN)
-    return seconds if seconds > 0 else None

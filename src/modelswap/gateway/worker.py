@@ -30,7 +30,6 @@ from modelswap.core.admission import (
     Told,
 )
 from modelswap.gateway.exchange import Exchange
-from modelswap.gateway.headers import HeadReader
 from modelswap.gateway.http1 import Client
 from modelswap.gateway.link import Link
 from modelswap.gateway.metrics import CONNECTED, CONNECTIONS, IN_FLIGHT, LOOP_LAG, WAITING, Metrics
@@ -55,7 +54,6 @@ class Worker:
         self.config = config
         self.loop = asyncio.get_running_loop()
         self.admission = Admission(f"{worker}-{os.getpid()}-{secrets.token_hex(4)}")
-        self.heads = HeadReader()
         self.metrics = Metrics(metrics_folder)
         self.max_body = int(gateway.max_body)
         self.max_headers = int(gateway.max_headers)
@@ -73,12 +71,12 @@ class Worker:
             received=self._received,
             disconnected=self.admission.disconnect,
         )
-        self._pools: dict[Lease, Pool] = {}
+        self.pools: dict[Lease, Pool] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._pumping = False
         self._empty = asyncio.Event()
-        self._request_prefix = f"req-{secrets.token_hex(6)}-".encode()
-        self._request_numbers = count()
+        self.request_prefix = f"req-{secrets.token_hex(6)}-".encode()
+        self.request_numbers = count()
         self._lag = self.metrics.histogram(LOOP_LAG)
         self._gauged: set[str] = set()
         self.metrics.prepare(config.models, COMMON_PATHS)
@@ -88,13 +86,13 @@ class Worker:
 
     def new_request_id(self) -> bytes:
         """Return an id for a request whose client gave it none."""
-        return b"%b%x" % (self._request_prefix, next(self._request_numbers))
+        return b"%b%x" % (self.request_prefix, next(self.request_numbers))
 
     def pool(self, lease: Lease) -> Pool:
         """Return the connections of ``lease``."""
-        pool = self._pools.get(lease)
+        pool = self.pools.get(lease)
         if pool is None:
-            pool = self._pools[lease] = Pool(self, lease)
+            pool = self.pools[lease] = Pool(self, lease)
         return pool
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -142,6 +140,7 @@ class Worker:
             labels = (("model", model),)
             self.metrics.number(IN_FLIGHT, labels).set(running.get(model, 0))
             self.metrics.number(WAITING, labels).set(waiting.get(model, 0))
+        self.metrics.write_down()
         self.metrics.number(CONNECTIONS).set(len(self.clients))
         self.metrics.number(CONNECTED).set(int(self.admission.connected))
 
@@ -168,7 +167,7 @@ class Worker:
             for task in [stopped, *background, *self._tasks]:
                 task.cancel()
             await asyncio.gather(stopped, *background, *self._tasks, return_exceptions=True)
-            for pool in self._pools.values():
+            for pool in self.pools.values():
                 pool.close_idle()
             await server.wait_closed()
             await self._all_gone()
@@ -207,7 +206,7 @@ class Worker:
             self._lag.observe(max(0.0, now - due))
             self.admission.tick(now)
             self.pump()
-            for pool in self._pools.values():
+            for pool in self.pools.values():
                 pool.sweep(now)
             for client in list(self.clients):
                 client.expire(now)
@@ -247,11 +246,11 @@ class Worker:
             case Reroute():
                 self.waiting[effect.ticket].rerouted()
             case CloseIdle():
-                pool = self._pools.get(effect.lease)
+                pool = self.pools.get(effect.lease)
                 if pool is not None:
                     pool.close_idle()
                     if effect.lease.in_flight == 0:
-                        del self._pools[effect.lease]
+                        del self.pools[effect.lease]
             case Abort():
                 for client in list(self.clients):
                     exchange = client.exchange
