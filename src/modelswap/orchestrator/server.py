@@ -21,10 +21,7 @@ class CantListen(ModelswapError):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which leaves signals to us and tells when it is up.
-
-    Overriding `capture_signals` is how uvicorn lets one do that: https://github.com/encode/uvicorn/issues/1579
-    """
+    """uvicorn's server, which leaves signals to us and tells when it is up (it has no settings for either)."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
