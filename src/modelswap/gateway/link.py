@@ -51,14 +51,17 @@ class Link:
         self._outgoing: deque[GatewayMessage] = deque()
         self._something = asyncio.Event()
         self._again = asyncio.Event()
+        self._up = False
 
     def say(self, message: GatewayMessage) -> None:
         """Send a message after those before it; it is lost if the connection is."""
-        self._outgoing.append(message)
-        self._something.set()
+        if self._up:
+            self._outgoing.append(message)
+            self._something.set()
 
     def reconnect(self) -> None:
         """Close the connection; nothing more is sent or received on it. A new one is made at once."""
+        self._up = False
         self._outgoing.clear()
         self._again.set()
 
@@ -91,6 +94,7 @@ class Link:
         self._something.clear()
         self._again.clear()
         tasks: list[asyncio.Task[None]] = []
+        self._up = True
         try:
             self._connected()
             tasks = [
@@ -105,6 +109,7 @@ class Link:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._up = False
             self._outgoing.clear()
             self._disconnected()
             with contextlib.suppress(OSError, TimeoutError):
@@ -126,6 +131,8 @@ class Link:
         with contextlib.suppress(ConnectionClosed):
             while True:
                 frame = await connection.recv()
+                if not self._up:
+                    return
                 try:
                     message = decode_from_orchestrator(frame)
                 except msgspec.DecodeError as error:

@@ -41,7 +41,7 @@ def answer_locally(worker: Worker, method: bytes, target: bytes) -> Answer:
             return _wrong_method(label, method, "GET, HEAD")
         if path == b"/metrics":
             worker.publish_gauges()
-            return label, 200, worker.metrics.render(), _TEXT, []
+            return label, 200, worker.metrics.render([model.name for model in models(worker)]), _TEXT, []
         if path == b"/status":
             return _json(label, 200, status(worker))
         health = _health(worker)

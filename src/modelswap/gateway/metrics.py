@@ -16,7 +16,7 @@ import mmap
 import os
 import struct
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -256,13 +256,15 @@ class Metrics:
                         known[i] += value
         return sums
 
-    def render(self) -> bytes:
-        """Return the sums in Prometheus' text format."""
+    def render(self, models: Collection[str]) -> bytes:
+        """Return the sums in Prometheus' text format, of these ``models`` only (and of what has no model)."""
         sums = self.read()
         out: list[str] = []
         for name, (kind, text) in _HELP.items():
             out.append(f"# HELP {name} {text}\n# TYPE {name} {kind}\n")
             for labels, values in sorted(sums.get(name, {}).items()):
+                if dict(labels).get("model", "") not in ("", *models):
+                    continue
                 if kind == "histogram":
                     out.extend(_histogram_lines(name, labels, values))
                 else:

@@ -41,6 +41,7 @@ class Upstream(asyncio.Protocol):
         "_chunks",
         "_exchange",
         "_keep",
+        "_large",
         "_left",
         "_like",
         "_like_head",
@@ -68,6 +69,7 @@ class Upstream(asyncio.Protocol):
         self._keep: float | None = None
         self._raw: Callable[[bytes], None] | None = None
         self._paused = False
+        self._large = False
         self.fresh = True
         self.lost = False
         self.idle_until = 0.0
@@ -79,6 +81,7 @@ class Upstream(asyncio.Protocol):
         self._exchange = exchange
         self._mode = _HEAD
         if rest:
+            self._large = True
             self.transport.writelines((request, rest))
         else:
             self.transport.write(request)
@@ -285,6 +288,10 @@ class Upstream(asyncio.Protocol):
         self._raw = None
         if self._paused:
             self.resume()
+        if self._large:
+            self._large = False
+            if self.transport.get_write_buffer_size():
+                self._keep = None  # it answered without having taken the whole request
         now = monotonic()
         pool = self._pool
         if self._keep is not None and pool.lease.state is _OPEN and not self.lost:

@@ -74,6 +74,7 @@ class Worker:
         self.pools: dict[Lease, Pool] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._pumping = False
+        self._heard_at = 0.0
         self._empty = asyncio.Event()
         self.request_prefix = f"req-{secrets.token_hex(6)}-".encode()
         self.request_numbers = count()
@@ -206,12 +207,20 @@ class Worker:
             self._lag.observe(max(0.0, now - due))
             self.admission.tick(now)
             self.pump()
+            self._check_link(now)
             for pool in self.pools.values():
                 pool.sweep(now)
             for client in list(self.clients):
                 client.expire(now)
             self._see_to_waiting(now)
             self.publish_gauges()
+
+    def _check_link(self, now: float) -> None:
+        catalog = self.admission.catalog
+        if catalog is not None and self.admission.connected and now - self._heard_at > catalog.term_ms / 1000:
+            _log.warning("orchestrator_silent", seconds=round(now - self._heard_at, 1))
+            self._heard_at = now
+            self.link.reconnect()
 
     def _see_to_waiting(self, now: float) -> None:
         bound = min(AWAY_SECONDS, self.config.scheduling.queue_timeout)
@@ -224,11 +233,13 @@ class Worker:
     # ── the orchestrator ─────────────────────────────────────────────────────────────────────────────────
 
     def _connected(self) -> None:
-        self.admission.connect(monotonic())
+        self._heard_at = monotonic()
+        self.admission.connect(self._heard_at)
         self.pump()
 
     def _received(self, message: OrchestratorMessage) -> None:
-        self.admission.receive(message, monotonic())
+        self._heard_at = monotonic()
+        self.admission.receive(message, self._heard_at)
         if isinstance(message, Catalog):
             names = [model.name for model in message.models]
             self._gauged.update(names)
@@ -240,11 +251,19 @@ class Worker:
             case Say():
                 self.link.say(effect.message)
             case Admit():
-                self.waiting[effect.ticket].admitted(effect.lease)
+                exchange = self.waiting.get(effect.ticket)
+                if exchange is not None:
+                    exchange.admitted(effect.lease)
+                else:  # it went while the effects before this one were executed
+                    self.admission.leave(effect.lease, monotonic())
             case Reject():
-                self.waiting[effect.ticket].rejected(effect.refusal)
+                exchange = self.waiting.get(effect.ticket)
+                if exchange is not None:
+                    exchange.rejected(effect.refusal)
             case Reroute():
-                self.waiting[effect.ticket].rerouted()
+                exchange = self.waiting.get(effect.ticket)
+                if exchange is not None:
+                    exchange.rerouted()
             case CloseIdle():
                 pool = self.pools.get(effect.lease)
                 if pool is not None:
@@ -253,17 +272,17 @@ class Worker:
                         del self.pools[effect.lease]
             case Abort():
                 for client in list(self.clients):
-                    exchange = client.exchange
-                    if exchange is not None and exchange.lease is effect.lease:
-                        exchange.abort(Code.DRAIN_ABORTED, "another model needs the device")
+                    running = client.exchange
+                    if running is not None and running.lease is effect.lease:
+                        running.abort(Code.DRAIN_ABORTED, "another model needs the device")
             case Reconnect():
                 _log.warning("paused_too_long", remedy="leases are confirmed anew")
                 self.link.reconnect()
             case Told():
                 now = monotonic()
-                for exchange in list(self.waiting.values()):
-                    if exchange.model is not None and exchange.model.name == effect.model:
-                        exchange.tell(now)
+                for waiting in list(self.waiting.values()):
+                    if waiting.model is not None and waiting.model.name == effect.model:
+                        waiting.tell(now)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
