@@ -27,7 +27,8 @@ import yaml
 
 from modelswap.cli.weights import smollm2
 
-ARGS = ["--ctx-size", "2048", "--threads", "2", "--parallel", "1"]
+# --no-repack: some virtual machines announce AMX and refuse it, and the repacked kernels crash there.
+ARGS = ["--ctx-size", "2048", "--threads", "2", "--parallel", "1", "--no-repack"]
 BAR = 1.1
 MODELS = ("model-a", "model-b")
 ROUTER, GATEWAY, ORCHESTRATOR = 28510, 28511, 28512

@@ -429,3 +429,17 @@ def test_start_killed_from_outside_is_tried_once_more() -> None:
     assert not said(out, Refuse)
     assert [e.model for e in of(bench.released(), effects.BringIn)] == ["a"]
     assert [r.ticket for r in said(bench.fail("a", killed=True), Refuse)] == [1]
+
+
+def test_failed_start_that_cannot_be_killed_answers_everybody() -> None:
+    """If a failed start can't be cleared away, its waiters are told at once; when it has gone, swaps go on."""
+    bench = Bench()
+    bench.hello()
+    bench.want("a", 1)
+    out = bench.handle(events.PutOutFailed(at=bench.now, instance=bench.instance("a"), message="PID 7 won't die"))
+    assert [r.code for r in said(out, Refuse)] == ["device_stuck"]
+    assert said(bench.want("b", 2), Refuse)
+    bench.fail("a")
+    bench.want("b", 3)
+    bench.released()
+    assert bench.state("b") == "starting"

@@ -86,3 +86,25 @@ async def test_a_device_that_stops_answering_is_a_failed_release(
     await job
     assert world.of(events.ReleaseFailed)[0].message == "fell off the bus"
     assert world.of(events.Released)
+
+
+async def test_without_a_target_the_usual_memory_is_waited_for(world: World) -> None:
+    """A model that can't say what it needs waits for what was free when the device was last empty."""
+    await verify_released(world.outside, GPU, Device(), model(), world.engine)
+    world.device.hold(60)
+    job = asyncio.create_task(verify_released(world.outside, GPU, Device(), model(), world.engine))
+    reads = world.device.reads
+    await until(lambda: world.device.reads > reads + 5)
+    assert len(world.of(events.Released)) == 1
+    world.device.hold(0)
+    await job
+    assert len(world.of(events.Released)) == 2
+
+
+async def test_less_than_usual_is_no_failure(world: World) -> None:
+    """If somebody else came to stay, a model without a target is tried after the time limit, also when strict."""
+    await verify_released(world.outside, GPU, Device(), model(), world.engine)
+    world.device.hold(60)
+    for _ in range(2):
+        await verify_released(world.outside, GPU, Device(release_timeout=0.05), model(), world.engine)
+    assert [type(event) for event in world.events] == [events.Released] * 3

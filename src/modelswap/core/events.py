@@ -103,7 +103,10 @@ class PutOut(Event, frozen=True):
 
 
 class PutOutFailed(Event, frozen=True):
-    """A process of the instance can't be killed; its device is stuck until `PutOut` comes after all."""
+    """A process of the instance can't be killed; its device is stuck until it has gone after all.
+
+    Then comes `PutOut`, or `BringInFailed` if it was being started.
+    """
 
     instance: str
     message: str

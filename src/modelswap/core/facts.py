@@ -12,8 +12,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     ``definition`` changes when a running instance of it would have to be started anew. ``device`` is None for models
     that run beside the others. ``demand`` is what an instance takes of its device's capacity; an exclusive device has
-    capacity 1 and every model on it demands 1. ``listing`` is what gateways and clients are told; ``api_key`` is what
-    gateways send to the engine.
+    capacity 1 and every model on it demands 1. ``listing`` is what gateways and clients are told.
     """
 
     name: str
@@ -22,7 +21,6 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     slots: int
     listing: CatalogModel
     demand: int = 1
-    api_key: str | None = None
     priority: int = 0
 
 

@@ -173,7 +173,6 @@ def _pool(instance: Instance) -> int:
 
 def _tell(world: World, instance: Instance, lease: Lease, slots: int) -> None:
     lease.grant(slots)
-    model = world.models.get(instance.model)
     world.say(
         lease.gateway,
         Open(
@@ -184,7 +183,6 @@ def _tell(world: World, instance: Instance, lease: Lease, slots: int) -> None:
             slots=slots,
             revision=lease.revision,
             faults=lease.faults_seen,
-            api_key=model.facts.api_key if model is not None else None,
         ),
     )
 

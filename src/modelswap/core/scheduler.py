@@ -211,7 +211,7 @@ class Scheduler:
             swapping.put_out(self._world, instance)
 
     def _put_out_failed(self, event: events.PutOutFailed) -> None:
-        instance = self._in(event.instance, InstanceState.STOPPING)
+        instance = self._in(event.instance, InstanceState.STOPPING, InstanceState.STARTING)
         if instance is not None:
             swapping.put_out_failed(self._world, instance, event.message)
 

@@ -110,6 +110,7 @@ def bring_in_failed(
     One that was ``killed`` from outside is tried once more, for the same waiters.
     """
     device = world.devices[instance.device]
+    device.stuck = ""
     world.transition(instance, InstanceState.FAILED, message.partition("\n")[0])
     _soil(device, instance)
     model = world.models.get(instance.model)

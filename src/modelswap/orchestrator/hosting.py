@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -71,6 +72,16 @@ class Outside:
     post: Callable[[Event], None]
     clock: Callable[[], float]
     hosted: dict[str, Hosted] = field(default_factory=dict)
+    free_when_empty: int | None = None
+    """Bytes that were free on the device when it was last verified with nothing of ours on it."""
+
+    def ours(self, pid: int) -> bool:
+        """Return whether a process belongs to an instance: each has a session of its own."""
+        try:
+            session = os.getsid(pid)
+        except OSError:
+            return False
+        return any(hosted.running is not None and hosted.running.pid == session for hosted in self.hosted.values())
 
     async def last_lines(self, hosted: Hosted, lines: int = SHOWN_LINES) -> list[str]:
         """Return an instance's last log lines, without the model's API key; none if they can't be read."""
