@@ -34,6 +34,13 @@ class Ran:
     err: str
 
 
+class Server(ThreadingHTTPServer):
+    """A server that doesn't mind clients that leave."""
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Keep quiet."""
+
+
 @pytest.fixture
 def fake() -> Iterator[Fake]:
     """Yield a fake orchestrator that listens."""
@@ -61,7 +68,7 @@ def fake() -> Iterator[Fake]:
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name there
             """Keep quiet."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with Server(("127.0.0.1", 0), Handler) as server:
         served = Fake(f"http://127.0.0.1:{server.server_port}")
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()

@@ -7,7 +7,6 @@ import contextlib
 import os
 import socket
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -62,7 +61,7 @@ def test_hosts_that_are_not_ours_are_told() -> None:
 
 def test_a_running_modelswap_is_named_as_such() -> None:
     """Its supervisor is what the user must stop, not the service that has the port."""
-    assert str(Holder(5, "python", is_service=True, supervisor=4)) == "a running modelswap (pid 4)"
+    assert str(Holder(5, "python", supervisor=4)) == "a running modelswap (pid 4)"
     assert str(Holder(5, "nginx")) == "nginx (pid 5)"
 
 
@@ -101,15 +100,16 @@ sys.stdin.readline()
 """
 
 
-async def test_the_services_of_a_killed_supervisor_are_waited_for(tmp_path: Path) -> None:
+async def test_the_services_of_a_killed_supervisor_are_waited_for() -> None:
     """A service of ours that has lost its supervisor is about to end, so its port is waited for."""
     port = addresses.free_port("127.0.0.1", set())
-    program = tmp_path / "modelswap"
-    program.write_text(LINGERER)
     said: list[str] = []
-    argv = [sys.executable, str(program), "gateway", str(port)]
+    argv = [sys.executable, "-c", LINGERER, str(port)]
     lingerer = await asyncio.create_subprocess_exec(
-        *argv, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        *argv,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "MODELSWAP_PARENT": "1999999999"},
     )
     try:
         assert lingerer.stdout is not None

@@ -196,7 +196,8 @@ async def test_ctrl_c_lets_requests_finish_and_stops_everything(place: Place) ->
         await up.reports(busy)
         up.process.send_signal(signal.SIGINT)
         await up.said("draining 1 request of alpha; press Ctrl-C again to stop at once")
-        assert (await running).endswith("data: [DONE]\n\n")
+        answer = await running
+        assert answer.endswith("data: [DONE]\n\n"), "".join(up.lines)
         assert await up.process.wait() == 0
     assert engines(place.state) == []
 
@@ -289,3 +290,31 @@ async def test_a_second_up_is_told_of_the_first(place: Place) -> None:
         assert f"taken by a running modelswap (pid {up.process.pid})" in said.decode()
         up.process.send_signal(signal.SIGTERM)
         assert await up.process.wait() == 0
+
+
+TERMINAL = "import pty, sys; pty.spawn(sys.argv[1:])"
+
+
+async def test_closing_the_terminal_stops_everything(place: Place) -> None:
+    """A hang-up of the terminal is a wish to stop, not to reload, and nothing is left of services and engines."""
+    command = (sys.executable, "-m", "modelswap.cli.main", "up", "--config", str(place.config))
+    terminal = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", TERMINAL, *command), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert terminal.stdout is not None
+        async with asyncio.timeout(DEADLINE):
+            while b"is up" not in await terminal.stdout.readline():
+                pass
+        (up,) = psutil.Process(terminal.pid).children()
+        services = up.children()
+        assert len(services) == 3
+        async with aiohttp.ClientSession() as http:
+            urls = f"http://127.0.0.1:{place.gateway}", f"http://127.0.0.1:{place.orchestrator}"
+            await Up(terminal, *urls, http, []).ask("alpha")
+        assert len(engines(place.state)) == 1
+    finally:
+        terminal.kill()
+        await terminal.wait()
+    await until(lambda: not any(map(alive, [up, *services])))
+    assert engines(place.state) == []

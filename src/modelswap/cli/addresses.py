@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from modelswap.cli.parent import PARENT
+
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 
 
@@ -20,15 +22,19 @@ def url(host: str, port: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """The process that listens at an address; ``supervisor`` is the modelswap process that keeps it running."""
+    """The process that listens at an address.
+
+    ``supervisor`` is the modelswap process that started it, if one did; ``leaving`` if that has died, so that this one
+    is about to end, too.
+    """
 
     pid: int
     name: str
-    is_service: bool = False
     supervisor: int | None = None
+    leaving: bool = False
 
     def __str__(self) -> str:
-        if self.supervisor is not None:
+        if self.supervisor is not None and not self.leaving:
             return f"a running modelswap (pid {self.supervisor})"
         return f"{self.name} (pid {self.pid})"
 
@@ -84,15 +90,9 @@ def find_holder(port: int) -> Holder | None:
 
 def _holder(pid: int) -> Holder:
     process = psutil.Process(pid)
-    is_service = _is_modelswap(process.cmdline(), "orchestrator", "gateway")
-    parent = process.parent() if is_service else None
-    kept = parent is not None and _is_modelswap(parent.cmdline(), "up", "demo")
-    return Holder(pid, process.name(), is_service, parent.pid if parent is not None and kept else None)
-
-
-def _is_modelswap(argv: list[str], *commands: str) -> bool:
-    ours = any(part == "modelswap.cli.main" or part.endswith("/modelswap") for part in argv[:3])
-    return ours and any(command in argv[1:5] for command in commands)
+    told = process.environ().get(PARENT, "")
+    supervisor = int(told) if told.isdecimal() else None
+    return Holder(pid, process.name(), supervisor, leaving=supervisor is not None and supervisor != process.ppid())
 
 
 def free_port(host: str, avoid: set[int]) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from modelswap.cli.failure import ExitCode, Failure
 from modelswap.cli.signals import stop_signals
@@ -18,7 +18,12 @@ from modelswap.spec.config import Config
 
 
 async def run_stack(
-    config: Config, path: Path, say: Say, act: Callable[[Stack], Awaitable[None]], *, output: IO[bytes] | None = None
+    config: Config,
+    path: Path,
+    say: Say,
+    act: Callable[[Stack], Coroutine[Any, Any, None]],
+    *,
+    output: IO[bytes] | None = None,
 ) -> ExitCode:
     """Start everything, do ``act`` when it is ready, and stop everything when that returns or a signal comes.
 
@@ -34,7 +39,7 @@ async def run_stack(
 
             async def use() -> None:
                 await stack.ready()
-                await act(stack)
+                await first(act(stack), stack.watch())
 
             try:
                 ended = await first(stopping.asked.wait(), supervisor.misconfigured.wait(), use())

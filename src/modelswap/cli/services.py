@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import sys
 import time
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
 from modelswap.cli import addresses
 from modelswap.cli.failure import ExitCode, Failure
@@ -22,6 +25,7 @@ _LOOK_EVERY: Final = 0.1
 def orchestrator(path: Path) -> None:
     """Run the orchestrator until SIGTERM; raises `Failure`."""
     tie_to_parent()
+    forgive_stderr()
     from modelswap.orchestrator.main import run
 
     try:
@@ -35,6 +39,7 @@ def orchestrator(path: Path) -> None:
 def gateway(path: Path, worker: int, url: str | None) -> int:
     """Run gateway worker number ``worker`` until SIGTERM and return its exit status; raises `Failure`."""
     tie_to_parent()
+    forgive_stderr()
     config = load_config(path)
     from modelswap.gateway.main import run
     from modelswap.orchestrator.logging_setup import log_to_stderr
@@ -55,6 +60,38 @@ def gateway(path: Path, worker: int, url: str | None) -> int:
     except OSError as error:
         where = f"{config.gateway.host}:{config.gateway.port}"
         raise Failure(f"can't listen at {where}: {error.strerror}", "free it, or change gateway.port") from error
+
+
+class Forgiving(io.TextIOBase):
+    """Writes to ``stream`` for as long as that takes anything.
+
+    A terminal that was closed, a full disk or a reader that has gone must not end a service that only wants to log.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write ``text``, or lose it."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what was written, or lose it."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        """Return whether it is a terminal."""
+        with contextlib.suppress(OSError, ValueError):
+            return self._stream.isatty()
+        return False
+
+
+def forgive_stderr() -> None:
+    """Let nothing that goes wrong with our stderr be an error."""
+    sys.stderr = Forgiving(sys.stderr)
 
 
 def wait_for_token(state: Path, within: float = _TOKEN_WITHIN) -> str:

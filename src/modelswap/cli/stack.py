@@ -27,6 +27,11 @@ _TELL_EVERY: Final = 2.0
 _PORTS_FREE_WITHIN: Final = 15.0
 _SERVICE_GRACE: Final = 15.0
 _AWAY_FOR_LONG: Final = 20.0
+_FAILING_FOR_LONG: Final = 3.0
+_STATUS_EVERY: Final = 0.5
+_HEALTH_EVERY: Final = 5.0
+_HEALTH_WITHIN: Final = 10.0
+_HEALTH_FAILURES: Final = 3
 _HURRIED_STOP: Final = 8.0
 
 Say = Callable[[str], None]
@@ -48,7 +53,7 @@ async def check_addresses(config: Config, say: Say) -> None:
     for key, (host, port) in wanted.items():
         told = False
         while (found := addresses.unusable(host, port)) is not None:
-            leaving = found.holder is not None and found.holder.is_service and found.holder.supervisor is None
+            leaving = found.holder is not None and found.holder.leaving
             if not leaving or time.monotonic() > deadline:
                 raise _unusable(key, found)
             if not told:
@@ -127,13 +132,27 @@ class Stack:
         for left in await ProcessRuntime(folder, self.config.orchestrator.log_size).sweep(set()):
             self._say(f"killed {left}")
 
+    async def watch(self, every: float = _HEALTH_EVERY) -> None:
+        """Kill an orchestrator that says that it can't decide any more, or says nothing: the next one takes over.
+
+        Neither engines nor streams notice. It is asked ``every`` so many seconds, until we are cancelled.
+        """
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_HEALTH_WITHIN)) as http:
+            failures = 0
+            while True:
+                await asyncio.sleep(every)
+                pid = self._supervisor.pids().get(_ORCHESTRATOR)
+                if pid is None or await _healthy(http, f"{self.orchestrator_url}/health"):
+                    failures = 0
+                    continue
+                failures += 1
+                if failures == _HEALTH_FAILURES and self._supervisor.pids().get(_ORCHESTRATOR) == pid:
+                    self._say(f"orchestrator (pid {pid}) failed {failures} health checks and is killed")
+                    self._supervisor.signal(_ORCHESTRATOR, signal.SIGKILL)
+                    failures = 0
+
     async def _stop_in_order(self) -> None:
-        telling = asyncio.create_task(self._tell_what_drains())
-        try:
-            await self._ask_to_shut_down()
-        finally:
-            telling.cancel()
-            await asyncio.gather(telling, return_exceptions=True)
+        await first(self._ask_to_shut_down(), self._watch_draining())
         await self.end_services()
 
     async def _ask_to_shut_down(self) -> None:
@@ -156,15 +175,25 @@ class Stack:
                 else:
                     return
 
-    async def _tell_what_drains(self) -> None:
+    async def _watch_draining(self) -> None:
+        """Tell what is waited for; return when the orchestrator has said for a while that it can't decide any more."""
         told = ""
+        failing_since: float | None = None
         async with AdminClient(self.orchestrator_url) as admin:
             while True:
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(_STATUS_EVERY)
                 try:
-                    line = what_drains(await admin.status())
-                except Failure:  # it is on its way out
+                    found = await admin.status()
+                except Failure:  # it is on its way out, or coming back
                     continue
+                if not found.get("problems"):
+                    failing_since = None
+                elif failing_since is None:
+                    failing_since = time.monotonic()
+                elif time.monotonic() - failing_since > _FAILING_FOR_LONG:
+                    self._say(f"ending the engines without the orchestrator: {found['problems'][0]}")
+                    return
+                line = what_drains(found)
                 if line and line != told:
                     self._say(f"{line}; press Ctrl-C again to stop at once")
                     told = line
