@@ -56,9 +56,17 @@ async def until(true: Callable[[], bool | Awaitable[bool]], what: str, seconds: 
 
 
 class Stack:
-    """One ``modelswap up`` with three models that share a simulated GPU, each of which fills it."""
+    """One ``modelswap up``; by default with three models that share a simulated GPU, each of which fills it."""
 
-    def __init__(self, folder: Path, *, workers: int = 1, engine: Options | None = None, **sections: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        workers: int = 1,
+        engine: Options | None = None,
+        models: dict[str, Any] | None = None,
+        **sections: Any,
+    ) -> None:
         self.folder = folder
         self.state_dir = folder / "state"
         self.gateway_port = free_port()
@@ -81,6 +89,9 @@ class Stack:
             "scheduling": {"linger": 0.1, "min_residency": 0.1},
             "device": {"kind": "simulated", "ledger": str(folder / "gpu.json")},
         }
+        if models is not None:  # real ones, on whatever device there is
+            config["models"] = models
+            config["device"] = {"kind": "auto"}
         for section, values in sections.items():
             config.setdefault(section, {}).update(values)
         self.config = folder / "modelswap.yaml"

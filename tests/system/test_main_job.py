@@ -53,7 +53,7 @@ async def test_openai_clients_through_three_models(tmp_path: Path, *, same_addre
     """
     rng = random.Random(7)
     orders = [(rng.choice(MODELS), rng.random() < 0.5) for _ in range(REQUESTS)]
-    ports = {"orchestrator": {"engine_ports": "31999-31999"}} if same_address else {}
+    ports: dict[str, Any] = {"orchestrator": {"engine_ports": "31999-31999"}} if same_address else {}
     async with Stack(tmp_path, workers=2, **ports) as stack:
         answers: list[tuple[str, str]] = []
         asynchronous = openai.AsyncOpenAI(base_url=stack.base_url, api_key="none", max_retries=0)
