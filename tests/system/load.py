@@ -49,8 +49,8 @@ async def ask(
                 else:
                     outcome.error = answer["error"]["code"]
                 return outcome
+            outcome.first_byte = True
             async for line in response.content:
-                outcome.first_byte = True
                 if not line.startswith(b"data: "):
                     continue
                 data = line[6:].strip()

@@ -1,4 +1,4 @@
-"""Chunked transfer coding, incrementally: where a message ends, what it carries, how to end one that broke off."""
+"""Chunked transfer coding, incrementally: where a message ends, what it carries, how to add to a broken-off one."""
 
 from __future__ import annotations
 
@@ -94,18 +94,18 @@ class ChunkScanner:
             pos = end + 2
 
     def splice(self, text: bytes) -> bytes | None:
-        """Return what ends a broken-off body properly, with ``text`` as its last words; None if that can't be.
+        """Return what adds ``text`` to a body that broke off, without ending it; None if that can't be.
 
         A chunk that broke off in the middle is filled up with the text's beginning, or with newlines after it.
         """
         if self._state == _SIZE:
-            return None if self._partial else chunk(text) + END
+            return None if self._partial else chunk(text)
         if self._state == _DATA_END:
-            return b"\r\n"[len(self._partial) :] + chunk(text) + END
+            return b"\r\n"[len(self._partial) :] + chunk(text)
         if self._state == _DATA:
             room = self._remaining
             rest = text[room:]
-            return text[:room].ljust(room, b"\n") + b"\r\n" + (chunk(rest) if rest else b"") + END
+            return text[:room].ljust(room, b"\n") + b"\r\n" + (chunk(rest) if rest else b"")
         return None
 
     def _pause(self, state: _State, data: bytes, pos: int, limit: int) -> int:

@@ -362,10 +362,11 @@ class Exchange:
         self._upstream = None
         phase = self._phase
         if phase >= _EVENTS:
+            good = True
             if phase == _EVENTS_COLLECT:
-                self._write_event(self._collected_event())
-            if not self._head.http10:
-                self.client.write(chunked.END)
+                event, good = self._collected_event()
+                self._write_event(event)
+            self._end_events(good=good)
         self._phase = _OVER
         worker = self._worker
         admission = worker.admission
@@ -464,20 +465,26 @@ class Exchange:
             return
         event = progress.error_event(status, code, message, retry_after_ms=retry_after_ms, should_retry=should_retry)
         self._write_event(event)
-        if not self._head.http10:
-            self.client.write(chunked.END)
-        self.client.keep_alive = False
+        self._end_events(good=False)
         self._over()
 
-    def _collected_event(self) -> bytes:
+    def _end_events(self, *, good: bool) -> None:
+        """End our own event stream. Behind an error the connection ends instead, so that nobody takes it for whole."""
+        if not good:
+            self.client.keep_alive = False
+        elif not self._head.http10:
+            self.client.write(chunked.END)
+
+    def _collected_event(self) -> tuple[bytes, bool]:
+        """Return the engine's answer as an event, and whether it is one that the client asked for."""
         head = self._response
         assert head is not None  # noqa: S101 - for the type checker: it was collected
         body = b"".join(self._collected)
         if head.encoded:
-            return progress.error_event(502, Code.INTERNAL, "The engine sent a compressed answer unasked")
+            return progress.error_event(502, Code.INTERNAL, "The engine sent a compressed answer unasked"), False
         if 200 <= head.status < 300:
-            return progress.data_event(body)
-        return progress.engine_error_event(head.status, body, headers.find(head.lines, b"retry-after"))
+            return progress.data_event(body), True
+        return progress.engine_error_event(head.status, body, headers.find(head.lines, b"retry-after")), False
 
     def _write_event(self, data: bytes) -> None:
         self.client.write(data if self._head.http10 else chunked.chunk(data))

@@ -107,7 +107,7 @@ class Upstream(asyncio.Protocol):
             hang_up(self.transport)
 
     def splice(self, text: bytes) -> bytes | None:
-        """Return what ends the broken-off response properly with ``text`` as its last words, if that can be."""
+        """Return what adds ``text`` to the broken-off response, without ending it, if that can be."""
         if self._mode == _CHUNKED:
             return self._chunks.splice(text)
         return text if self._mode == _UNTIL_CLOSE else None
