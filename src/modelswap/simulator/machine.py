@@ -40,13 +40,13 @@ class Machine:
     capacity: dict[str, int]
     engines: dict[str, Engine] = field(default_factory=dict)
     unreleased: dict[str, int] = field(default_factory=dict)
-    _free: list[int] = field(default_factory=list)
+    free: list[int] = field(default_factory=list)
     _ports: int = 0
 
     def start(self, instance: str, model: str, definition: str, device: str | None, demand: int, slots: int) -> Engine:
         """Start an engine; its memory must be free."""
-        if self._free:
-            port = self._free.pop()
+        if self.free:
+            port = self.free.pop()
         else:
             self._ports += 1
             port = self._ports
@@ -78,7 +78,7 @@ class Machine:
             return []
         cut = self.die(instance)
         del self.engines[instance]
-        self._free.append(engine.address[1])
+        self.free.append(engine.address[1])
         if engine.device in self.capacity:
             self.unreleased[engine.device] = self.unreleased.get(engine.device, 0) + engine.demand
         return cut

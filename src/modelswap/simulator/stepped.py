@@ -37,6 +37,12 @@ class Budget:
     restarts: int = 0
     commands: int = 0
 
+    @property
+    def disturbances(self) -> int:
+        """How much may still go wrong at a gateway or under it."""
+        losses = self.leaves + self.drops + self.stops + self.gateway_deaths
+        return losses + self.engine_deaths + self.failures + self.restarts
+
 
 class Stepped:
     """A system, and what may happen to it next."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from modelswap.core import effects, events
@@ -14,7 +13,7 @@ from modelswap.core.states import InstanceState
 from modelswap.core.swap import SwapRecord
 from modelswap.protocol.codec import decode_from_gateway, decode_from_orchestrator, encode
 from modelswap.protocol.errors import Code
-from modelswap.protocol.messages import CatalogModel, Hello, OrchestratorMessage
+from modelswap.protocol.messages import Catalog, CatalogModel, Hello, OrchestratorMessage, Progress
 from modelswap.simulator.gateway import Gateway
 from modelswap.simulator.links import Link, Nobody, Observer
 from modelswap.simulator.machine import Machine
@@ -40,8 +39,8 @@ class Setup:
     capacity: int = 1
     policy: Policy | None = None
     wire: bool = False
-    heard: Callable[[OrchestratorMessage], bool] | None = None
-    """Which messages are carried to gateways at all; None: every one."""
+    terse: bool = False
+    """Messages that change no decision aren't carried: progress, and catalogs after a gateway's first."""
 
 
 @dataclass(slots=True, eq=False)
@@ -75,8 +74,8 @@ class System:
         self.finished = False
         self.since = 0.0
         """When the orchestrator was started."""
-        self._journal: dict[str, Start] = {}
-        self._known: dict[str, float] = {}
+        self.journal: dict[str, Start] = {}
+        self.known: dict[str, float] = {}
         """Gateways in the journal, and when each went (infinite: it hasn't)."""
         self._numbers = 0
         self._facts = {facts.name: facts for facts in setup.models}
@@ -122,7 +121,7 @@ class System:
         self.arriving.remove(link)
         if self.links.get(link.gateway) is link:
             del self.links[link.gateway]
-            self._known[link.gateway] = self.now
+            self.known[link.gateway] = self.now
             self.handle(events.GatewayLost(at=self.now, gateway=link.gateway))
 
     def deliver_up(self, link: Link) -> None:
@@ -133,7 +132,7 @@ class System:
         if isinstance(message, Hello):
             before = self.links.get(link.gateway)
             self.links[link.gateway] = link
-            self._known[link.gateway] = float("inf")
+            self.known[link.gateway] = float("inf")
             if before is not None and before is not link:
                 self._drop_old(before)
         if self.links.get(link.gateway) is link:
@@ -152,7 +151,7 @@ class System:
 
     def request(self, gateway: str, model: str, agent: int | None = None) -> Request:
         """Have a client ask."""
-        request = Request(len(self.requests), gateway, model, self.now, agent)
+        request = Request(self._number(), gateway, model, self.now, agent)
         self.requests[request.id] = request
         self.gateways[gateway].arrive(request, self.now)
         self.check()
@@ -194,12 +193,12 @@ class System:
         adopted = []
         for instance in list(self.machine.engines):
             engine = self.machine.engines[instance]
-            start = self._journal.get(instance)
+            start = self.journal.get(instance)
             if start is None or not engine.alive or start.state not in {InstanceState.STARTING, *_OPENED}:
                 self._bury(instance)
             else:
                 adopted.append((start, engine))
-        self._journal = {engine.instance: start for start, engine in adopted}
+        self.journal = {engine.instance: start for start, engine in adopted}
         for start, engine in adopted:
             self.handle(
                 events.Adopted(
@@ -213,7 +212,7 @@ class System:
                     ready=start.state in _OPENED,
                 )
             )
-        expected = frozenset(name for name, went in self._known.items() if self.now - went < self.setup.settings.term)
+        expected = frozenset(name for name, went in self.known.items() if self.now - went < self.setup.settings.term)
         self.handle(events.Begin(at=self.now, expected=expected))
 
     def kill_orchestrator(self) -> None:
@@ -329,13 +328,12 @@ class System:
         match effect:
             case effects.Say():
                 link = self.links.get(effect.gateway)
-                heard = self.setup.heard
-                if link is not None and link.lost_at is None and (heard is None or heard(effect.message)):
+                if link is not None and link.lost_at is None and not self._idle_talk(link, effect.message):
                     link.down.append((self.now, effect.message))
                     self.observer.said(link, up=False)
             case effects.Disconnect():
                 link = self.links.pop(effect.gateway, None)
-                self._known[effect.gateway] = self.now
+                self.known[effect.gateway] = self.now
                 if link is not None:
                     self.arriving.remove(link)
                     gateway = self.gateways[effect.gateway]
@@ -371,11 +369,19 @@ class System:
             case _:
                 pass
 
+    def _idle_talk(self, link: Link, message: OrchestratorMessage) -> bool:
+        if not self.setup.terse:
+            return False
+        if isinstance(message, Catalog):
+            has_one = self.gateways[link.gateway].admission.catalog is not None
+            return has_one or any(isinstance(said, Catalog) for _, said in link.down)
+        return isinstance(message, Progress)
+
     def _journalled(self, effect: effects.Transitioned) -> None:
         if effect.after is InstanceState.ABSENT:
-            self._journal.pop(effect.instance, None)
+            self.journal.pop(effect.instance, None)
         else:
-            self._journal[effect.instance] = Start(effect.model, effect.definition, effect.after)
+            self.journal[effect.instance] = Start(effect.model, effect.definition, effect.after)
 
     def _put_out(self, effect: effects.PutOut) -> None:
         while (

@@ -1,0 +1,97 @@
+"""Every interleaving of small worlds: 2 models on one device, 2 gateways, up to 3 tickets, one fault of each kind."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+from _pytest.mark import ParameterSet
+
+from modelswap.core.facts import Settings
+from modelswap.core.policy import Contender, Residency, Verdict
+from modelswap.simulator.explore import begin, explore
+from modelswap.simulator.stepped import Budget, Stepped
+from modelswap.simulator.system import Setup, model
+from modelswap.simulator.traffic import Violation
+
+LONG = 1e6
+TIMELESS = Settings(
+    queue_timeout=LONG,
+    linger=0.0,
+    min_residency=0.0,
+    max_wait=0.0,
+    term=LONG,
+    progress_interval=LONG,
+    drain_timeout=LONG,
+)
+FAULTS = {
+    "leaves": "a client leaves",
+    "engine_deaths": "an engine dies",
+    "drops": "a connection drops",
+    "restarts": "the orchestrator is killed",
+}
+
+
+def worlds() -> Iterator[ParameterSet]:
+    """Yield requests, slots and fault of the worlds to go through; all of them take an hour."""
+    thorough = "MODELSWAP_THOROUGH" in os.environ
+    yield pytest.param(3, 1, None, id="3 tickets, 1 slot")
+    yield pytest.param(3 if thorough else 2, 2, None, id="2 slots")
+    for fault, name in FAULTS.items():
+        yield pytest.param(2, 1, fault, id=f"2 tickets, 1 slot, {name}")
+        if thorough:
+            yield pytest.param(2, 2, fault, id=f"2 tickets, 2 slots, {name}")
+            yield pytest.param(3, 1, fault, id=f"3 tickets, 1 slot, {name}")
+
+
+@pytest.fixture(autouse=True)
+def _untraced() -> Iterator[None]:
+    """Measure no coverage meanwhile: it would take most of the time, and other tests show the same lines."""
+    trace = sys.gettrace()
+    sys.settrace(None)
+    yield
+    sys.settrace(trace)
+
+
+def small_world(budget: Budget, *, slots: int = 1) -> Stepped:
+    """Return a connected world whose first request has been made: by symmetry it doesn't matter where and for what."""
+    setup = Setup(
+        models=(model("a", slots=slots), model("b", slots=slots)),
+        gateways=("g0", "g1"),
+        settings=TIMELESS,
+        terse=True,
+    )
+    world = Stepped(setup, budget)
+    begin(world)
+    world.do(("ask", "g0", "a"))
+    return world
+
+
+@pytest.mark.parametrize(("asks", "slots", "fault"), list(worlds()))
+def test_every_interleaving(asks: int, slots: int, fault: str | None) -> None:
+    """Whatever happens in whatever order, all invariants hold, nothing runs in circles and every request ends."""
+    budget = Budget(asks=asks)
+    if fault is not None:
+        setattr(budget, fault, 1)
+    found = explore(small_world(budget, slots=slots))
+    assert found.states > 500
+    assert found.rests > 5
+
+
+class _Stubborn:
+    """Never leaves."""
+
+    def consider(self, resident: Residency, contender: Contender, settings: Settings, now: float) -> Verdict:
+        """See `modelswap.core.policy.Policy.consider`."""
+        return Verdict(leave=False)
+
+
+def test_starvation_is_found() -> None:
+    """A policy that never leaves the resident model starves a request, and the search tells the steps to it."""
+    setup = Setup(models=(model("a"), model("b")), settings=TIMELESS, terse=True, policy=_Stubborn())
+    world = Stepped(setup, Budget(asks=2))
+    begin(world)
+    with pytest.raises(Violation, match="still wait"):
+        explore(world)

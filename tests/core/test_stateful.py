@@ -1,0 +1,75 @@
+"""Random histories of the whole protocol: real schedulers and gateway cores, every fault at any point."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import strategies as st
+
+from modelswap.core.facts import Settings
+from modelswap.simulator.stepped import Budget, Stepped
+from modelswap.simulator.system import Setup, model
+
+EXAMPLES = int(os.environ.get("MODELSWAP_EXAMPLES", "1000"))
+CHEAP = ("up", "down", "done", "finish", "connect", "tick", "deadline", "time", "ask")
+"""What makes things go on; the rest is faults, which are tried less often than chance would."""
+
+setups = st.builds(
+    Setup,
+    models=st.tuples(
+        st.sampled_from((1, 2, 3)).map(lambda slots: model("a", slots=slots)),
+        st.sampled_from((1, 2)).map(lambda slots: model("b", slots=slots)),
+    ).flatmap(lambda two: st.sampled_from((two, (*two, model("c")), (*two, model("beside", device=None))))),
+    gateways=st.sampled_from((("g0", "g1"), ("g0",), ("g0", "g1", "g2"))),
+    settings=st.builds(
+        Settings,
+        queue_timeout=st.just(1e6),
+        max_wait=st.sampled_from((20.0, 0.0, 160.0)),
+        linger=st.sampled_from((2.0, 0.0)),
+        min_residency=st.sampled_from((None, 0.0)),
+        backoff_first=st.sampled_from((2.0, 0.5)),
+        drain_timeout=st.just(30.0),
+        abort_on_drain_timeout=st.booleans(),
+    ),
+    wire=st.booleans(),
+)
+budgets = st.builds(
+    Budget,
+    asks=st.integers(1, 12),
+    leaves=st.integers(0, 3),
+    first_bytes=st.integers(0, 3),
+    drops=st.integers(0, 3),
+    engine_deaths=st.integers(0, 2),
+    failures=st.integers(0, 2),
+    stops=st.integers(0, 2),
+    gateway_deaths=st.integers(0, 1),
+    restarts=st.integers(0, 2),
+    commands=st.integers(0, 2),
+)
+
+
+@settings(
+    max_examples=EXAMPLES,
+    derandomize="MODELSWAP_EXAMPLES" not in os.environ,
+    deadline=None,
+    database=None,
+    phases=(Phase.generate,),  # a failing history takes thousands of steps to settle, too many to shrink
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(setup=setups, budget=budgets, choices=st.lists(st.integers(0, 1 << 16), min_size=40, max_size=250))
+def test_every_request_ends_whatever_happens(setup: Setup, budget: Budget, choices: list[int]) -> None:
+    """After every step all invariants hold; when no more goes wrong, every request ends and nothing is left over."""
+    world = Stepped(setup, budget)
+    steps = 0
+    try:
+        for choice in choices:
+            possible = world.enabled()
+            usual = [action for action in possible if action[0] in CHEAP]
+            among = usual if usual and choice % 4 else possible
+            world.do(among[(choice >> 2) % len(among)])
+            steps += 1
+        world.settle()
+    except AssertionError:
+        note(f"{setup}\nafter {world.story[: steps + 1]}")
+        raise
