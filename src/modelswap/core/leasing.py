@@ -49,6 +49,7 @@ def _resume(world: World, gateway: str, held: HeldLease) -> None:
     instance = world.instance_of(held.model)
     if instance is None or instance.gone or instance.state is InstanceState.STARTING:
         world.say(gateway, Close(model=held.model, epoch=held.epoch))
+        world.fences.add((gateway, held.epoch))
         return
     lease = Lease(
         gateway=gateway,
@@ -64,14 +65,15 @@ def _resume(world: World, gateway: str, held: HeldLease) -> None:
     if lease.closing:
         if held.closing:
             lease.upper = held.in_flight
-        elif world.begun and not instance.resident:
+        elif instance.state is not InstanceState.READY:
             world.say(gateway, Close(model=held.model, epoch=held.epoch))
-        # Else it may go on: this instance's next opening is on its way and ends the lease that is held.
+        # Else it may go on: an adopted instance's next opening is on its way and ends the lease that is held.
 
 
 def lost(world: World, gateway: str) -> None:
     """Note that a gateway's connection was closed: it is dead, or goes on sending until it has said hello again."""
-    if any(key[0] == gateway for instance in world.instances.values() for key in instance.leases):
+    held = (key for instance in world.instances.values() for key in instance.leases)
+    if any(key[0] == gateway for key in (*held, *world.fences)):
         world.doubtful[gateway] = world.now + world.settings.term
     forget_gateway(world, gateway)
 
@@ -87,6 +89,7 @@ def forget_gateway(world: World, gateway: str) -> None:
 
 def _drop(world: World, gateway: str) -> None:
     world.gateways.pop(gateway, None)
+    world.fences = {key for key in world.fences if key[0] != gateway}
     waiting.forget_gateway(world, gateway)
     for instance in world.instances.values():
         for key in [key for key in instance.leases if key[0] == gateway]:
@@ -216,6 +219,7 @@ def usage(world: World, gateway: str, message: Usage) -> None:
 
 def drained(world: World, gateway: str, message: Drained) -> None:
     """Note that nothing runs under a closed lease any more."""
+    world.fences.discard((gateway, message.epoch))
     found = _lease(world, gateway, message.model, message.epoch)
     if found is None:
         return

@@ -205,7 +205,7 @@ def stop_at_once(world: World, instance: Instance) -> None:
 
 def _addressed(world: World) -> bool:
     """Return whether a gateway may still use an address that a new engine could get."""
-    return bool(world.doubtful) or any(instance.gone for instance in world.instances.values())
+    return bool(world.doubtful or world.fences) or any(instance.gone for instance in world.instances.values())
 
 
 def _outdated(world: World, instance: Instance) -> bool:

@@ -156,6 +156,8 @@ class World:
     expected: set[str] = field(default_factory=set)
     doubtful: dict[str, float] = field(default_factory=dict)
     """Gateways that may use leases we don't know of, and until when: they would have said hello again by then."""
+    fences: set[tuple[str, Epoch]] = field(default_factory=set)
+    """Leases on instances that are gone, which their gateways have been told to close but haven't drained yet."""
     shutting_down: bool = False
     catalog_changed: bool = False
     progress_at: float = 0.0
