@@ -169,7 +169,7 @@ class Admission:
         self._waiting_bytes = 0
         self._next_ticket = 1
         self._alive_at: float | None = None
-        self._said_at = 0.0
+        self._beat_at = 0.0
         self._reconnecting = False
         self._term = float("inf")
         self._out: list[Outgoing] = []
@@ -226,7 +226,7 @@ class Admission:
             line.move_to_end(id_, last=False)
         self._waiting_bytes += size
         if model is not None:
-            self._say(self._want(ticket, now), now)
+            self._say(self._want(ticket, now))
             lease = self._leases.get(model)
             if lease is not None:  # a slot may have been freed since `enter`, or it queued behind others
                 self._admit_waiting(lease, now)
@@ -235,7 +235,7 @@ class Admission:
     def forget(self, ticket: int, now: float) -> None:
         """Take a waiting request away: its client has gone, or the shell has answered it."""
         if self._remove(ticket) is not None:
-            self._say(Forget(ticket=ticket), now)
+            self._say(Forget(ticket=ticket))
 
     def fault(self, lease: Lease, reason: str, now: float) -> None:
         """Give back a slot: a fresh connection failed before its first response byte. The lease is suspended."""
@@ -245,7 +245,7 @@ class Admission:
         if lease.state is not LeaseState.CLOSING:
             lease.state = LeaseState.SUSPENDED
             lease.faults += 1
-            self._say(Fault(model=lease.model, epoch=lease.epoch, reason=reason, n=lease.faults), now)
+            self._say(Fault(model=lease.model, epoch=lease.epoch, reason=reason, n=lease.faults))
         self._after_leaving(lease, now)
 
     def progress(self, ticket: int) -> tuple[int, Progress | None]:
@@ -288,12 +288,10 @@ class Admission:
             for lease in leases
         )
         tickets = tuple(self._want(ticket, now) for ticket in self._tickets.values() if ticket.model is not None)
-        self._say(Hello(gateway=self.gateway, leases=held, tickets=tickets), now)
+        self._say(Hello(gateway=self.gateway, leases=held, tickets=tickets))
         for lease in leases:
             if lease.faults and lease.state is LeaseState.SUSPENDED:
-                self._say(
-                    Fault(model=lease.model, epoch=lease.epoch, reason="before reconnecting", n=lease.faults), now
-                )
+                self._say(Fault(model=lease.model, epoch=lease.epoch, reason="before reconnecting", n=lease.faults))
 
     def disconnect(self) -> None:
         """Go on with what is held and keep the rest waiting: the connection is gone."""
@@ -329,9 +327,11 @@ class Admission:
         self._alive_at = now
         for lease in [*self._leases.values(), *self._closing.values()]:
             if lease.dirty:
-                self._say(self._usage(lease, now), now)
-        if now - self._said_at >= self._term / 3 - TICK / 2:
-            self._say(Heartbeat(), now)
+                self._say(self._usage(lease, now))
+        if now - self._beat_at >= self._term / 3 - TICK / 2:
+            # Whatever else was said: only a heartbeat is answered, and so shows that the orchestrator lives.
+            self._beat_at = now
+            self._say(Heartbeat())
         self._expire(now)
 
     def take(self) -> list[Outgoing]:
@@ -360,11 +360,10 @@ class Admission:
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def _say(self, message: GatewayMessage, now: float) -> None:
+    def _say(self, message: GatewayMessage) -> None:
         # While disconnected nothing is said: the next hello tells everything.
         if self.connected and not self._reconnecting:
             self._out.append(Say(message))
-            self._said_at = now
 
     def _want(self, ticket: Ticket, now: float) -> Want:
         assert ticket.model is not None  # noqa: S101 - for the type checker: only such tickets are told
@@ -399,7 +398,7 @@ class Admission:
         if self._lines.get(lease.model):
             self._admit_waiting(lease, now)
         if over or (lease.in_flight == 0 and lease.model in self._contended):
-            self._say(self._usage(lease, now), now)
+            self._say(self._usage(lease, now))
 
     def _admit_waiting(self, lease: Lease, now: float) -> None:
         line = self._lines.get(lease.model)
@@ -408,7 +407,7 @@ class Admission:
             self._remove(id_)
             lease.in_flight += 1
             lease.dirty = True
-            self._say(Admitted(ticket=id_, model=lease.model, epoch=lease.epoch), now)
+            self._say(Admitted(ticket=id_, model=lease.model, epoch=lease.epoch))
             self._out.append(Admit(id_, lease))
 
     def _remove(self, id_: int) -> Ticket | None:
@@ -421,7 +420,7 @@ class Admission:
     def _drained(self, lease: Lease, now: float) -> None:
         self._closing.pop((lease.model, lease.epoch), None)
         self._out.append(CloseIdle(lease))
-        self._say(Drained(model=lease.model, epoch=lease.epoch), now)
+        self._say(Drained(model=lease.model, epoch=lease.epoch))
 
     def _start_closing(self, lease: Lease, now: float) -> None:
         del self._leases[lease.model]
@@ -431,7 +430,7 @@ class Admission:
             self._drained(lease, now)
         else:
             self._out.append(CloseIdle(lease))
-            self._say(self._usage(lease, now), now)
+            self._say(self._usage(lease, now))
 
     def _open(self, opened: Open, now: float) -> None:
         lease = self._leases.get(opened.model)
@@ -451,7 +450,7 @@ class Admission:
             if lease.state is LeaseState.SUSPENDED and opened.faults >= lease.faults:
                 lease.state = LeaseState.OPEN
             if fewer:
-                self._say(self._usage(lease, now), now)
+                self._say(self._usage(lease, now))
         self._admit_waiting(lease, now)
 
     def _close(self, close: Close, now: float) -> None:
@@ -462,7 +461,7 @@ class Admission:
         if closing is None:
             if lease is None or lease.epoch != close.epoch:
                 # Told of a lease that isn't held (any more): nothing runs under it.
-                self._say(Drained(model=close.model, epoch=close.epoch), now)
+                self._say(Drained(model=close.model, epoch=close.epoch))
         elif close.abort:
             self._out.append(Abort(closing))
 
@@ -473,7 +472,7 @@ class Admission:
         self._contended.add(message.model)
         lease = self._leases.get(message.model)
         if lease is not None:
-            self._say(self._usage(lease, now), now)
+            self._say(self._usage(lease, now))
 
     def _set_catalog(self, catalog: Catalog) -> None:
         first = self.catalog is None
@@ -510,7 +509,7 @@ class Admission:
         bound = self.catalog.limits.queue_timeout_ms / 1000
         for ticket in [t for t in self._tickets.values() if now - t.since >= bound]:
             self._remove(ticket.id)
-            self._say(Forget(ticket=ticket.id), now)
+            self._say(Forget(ticket=ticket.id))
             message = f"No turn for '{ticket.name}' within {bound:.0f} s (scheduling.queue_timeout)"
             self._out.append(Reject(ticket.id, _refusal(ticket.id, Code.QUEUE_TIMEOUT, message)))
 
