@@ -75,6 +75,7 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._pumping = False
         self._heard_at = 0.0
+        self._term_changed = asyncio.Event()
         self._empty = asyncio.Event()
         self.request_prefix = f"req-{secrets.token_hex(6)}-".encode()
         self.request_numbers = count()
@@ -202,9 +203,14 @@ class Worker:
                 interval = min(interval, self.admission.catalog.term_ms / 3000)
             interval = min(interval, max(0.02, min(self.header_timeout, self.idle_timeout) / 4))
             due = monotonic() + interval
-            await asyncio.sleep(interval)
+            try:
+                async with asyncio.timeout(interval):
+                    await self._term_changed.wait()
+            except TimeoutError:
+                self._lag.observe(max(0.0, monotonic() - due))
+            else:
+                self._term_changed.clear()
             now = monotonic()
-            self._lag.observe(max(0.0, now - due))
             self.admission.tick(now)
             self.pump()
             self._check_link(now)
@@ -241,6 +247,7 @@ class Worker:
         self._heard_at = monotonic()
         self.admission.receive(message, self._heard_at)
         if isinstance(message, Catalog):
+            self._term_changed.set()
             names = [model.name for model in message.models]
             self._gauged.update(names)
             self.metrics.prepare(names, COMMON_PATHS)
