@@ -2,8 +2,8 @@
 """Compares policies on one exclusive device in virtual time: `make bench-sched`.
 
 Clients come by chance (Poisson) and choose among three models; swaps take 10 s, service 8 s (mean, exponential), and
-8 requests run at once. Waits are seconds from a request's arrival to its going to the engine; those who still wait at the
-end count with what they have waited.
+8 requests run at once. Waits are seconds from a request's arrival to its going to the engine; those who still wait at
+the end count with what they have waited.
 """
 
 from __future__ import annotations
