@@ -11,8 +11,9 @@ from modelswap.gateway import chunked, headers, progress
 from modelswap.gateway.body import replace_model
 from modelswap.gateway.headers import CHUNKED, RequestHead, ResponseHead
 from modelswap.gateway.metrics import FAULTS, QUEUE_WAIT, RETRIES
+from modelswap.gateway.pool import Pool
 from modelswap.gateway.routes import Route
-from modelswap.gateway.upstream import Pool, Upstream, hang_up
+from modelswap.gateway.upstream import Upstream, hang_up
 from modelswap.protocol.errors import OUTCOMES, Code
 from modelswap.protocol.messages import CatalogModel, Refuse
 
@@ -218,12 +219,7 @@ class Exchange:
             self._phase = _EVENTS
             self.status = 200
             client = self.client
-            framing = b"" if self._head.http10 else b"transfer-encoding: chunked\r\n"
-            connection = b"" if client.keep_alive else _CONNECTION_CLOSE
-            client.write(
-                b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
-                b"x-accel-buffering: no\r\nx-request-id: %b\r\n%b%b\r\n" % (self.request_id, framing, connection)
-            )
+            client.write(progress.stream_head(self.request_id, http10=self._head.http10, keep_alive=client.keep_alive))
         self.tell(monotonic())
 
     # ── sending ──────────────────────────────────────────────────────────────────────────────────────────
@@ -364,7 +360,9 @@ class Exchange:
         if phase >= _EVENTS:
             good = True
             if phase == _EVENTS_COLLECT:
-                event, good = self._collected_event()
+                head = self._response
+                assert head is not None  # noqa: S101 - for the type checker: it was collected
+                event, good = progress.answer_event(head, b"".join(self._collected))
                 self._write_event(event)
             self._end_events(good=good)
         self._phase = _OVER
@@ -393,14 +391,7 @@ class Exchange:
             self._leave()
             self.fail(code, message)
             return
-        outcome = OUTCOMES[code]
-        event = b"\n\n" + progress.error_event(
-            outcome.status,
-            code,
-            message,
-            retry_after_ms=outcome.retry_after_ms,
-            should_retry=outcome.should_retry,
-        )
+        event = b"\n\n" + progress.code_event(code, message)
         last: bytes | None = None
         if response is not None and response.is_event_stream:
             last = event if phase == _PLAIN else upstream.splice(event) if upstream is not None else None
@@ -474,17 +465,6 @@ class Exchange:
             self.client.keep_alive = False
         elif not self._head.http10:
             self.client.write(chunked.END)
-
-    def _collected_event(self) -> tuple[bytes, bool]:
-        """Return the engine's answer as an event, and whether it is one that the client asked for."""
-        head = self._response
-        assert head is not None  # noqa: S101 - for the type checker: it was collected
-        body = b"".join(self._collected)
-        if head.encoded:
-            return progress.error_event(502, Code.INTERNAL, "The engine sent a compressed answer unasked"), False
-        if 200 <= head.status < 300:
-            return progress.data_event(body), True
-        return progress.engine_error_event(head.status, body, headers.find(head.lines, b"retry-after")), False
 
     def _write_event(self, data: bytes) -> None:
         self.client.write(data if self._head.http10 else chunked.chunk(data))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from http import HTTPStatus
 from time import monotonic
 from typing import TYPE_CHECKING, Final, cast
 
 import msgspec
 
+from modelswap.gateway import answers, headers, routes
 from modelswap.gateway import body as bodies
-from modelswap.gateway import headers, routes
 from modelswap.gateway.chunked import BadChunk, ChunkScanner
 from modelswap.gateway.exchange import Exchange
 from modelswap.gateway.headers import BadHead, Likeness, RequestHead, read_request
@@ -30,8 +28,6 @@ LINGER_SECONDS: Final = 2.0
 """How long the rest of a refused request is read and thrown away, so that its sender gets to read the answer."""
 MAX_PIPELINED: Final = 65536
 """Bytes of further requests that are read while one is being answered."""
-
-_REASONS: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
 # What a connection is doing, in this order. Plain integers: members of an enum take 50 ns to name.
@@ -169,33 +165,6 @@ class Client(asyncio.Protocol):
         """Send bytes of a response."""
         self.transport.write(data)
 
-    def answer(
-        self,
-        request_id: bytes,
-        status: int,
-        body: bytes,
-        *,
-        content_type: str = "application/json",
-        extra: Iterable[tuple[str, str]] = (),
-        with_body: bool = True,
-    ) -> None:
-        """Send a whole response of our own."""
-        more = "".join(f"{name}: {value}\r\n" for name, value in extra).encode()
-        connection = b"" if self.keep_alive else b"connection: close\r\n"
-        self.transport.write(
-            b"HTTP/1.1 %d %b\r\ncontent-type: %b\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b%b\r\n%b"
-            % (
-                status,
-                _REASONS.get(status, b""),
-                content_type.encode(),
-                len(body),
-                request_id,
-                more,
-                connection,
-                body if with_body else b"",
-            )
-        )
-
     def answer_error(
         self,
         request_id: bytes,
@@ -209,7 +178,8 @@ class Client(asyncio.Protocol):
         if self._worker.stopping:
             self.keep_alive = False
         extra = errors.retry_headers(retry_after_ms, should_retry)
-        self.answer(request_id, status, errors.body(code, message), extra=extra)
+        body = errors.body(code, message)
+        self.transport.write(answers.render(status, body, request_id, keep_alive=self.keep_alive, extra=extra))
 
     def over(self, now: float) -> None:
         """Go on to the next request: the exchange has ended."""
@@ -412,13 +382,16 @@ class Client(asyncio.Protocol):
         if not whole:
             self.keep_alive = False  # its body is not worth waiting for
         label, status, body, content_type, extra = answer_locally(self._worker, head.method, head.target)
-        self.answer(
-            self._request_id,
-            status,
-            body,
-            content_type=content_type,
-            extra=extra,
-            with_body=head.method != b"HEAD",
+        self.transport.write(
+            answers.render(
+                status,
+                body,
+                self._request_id,
+                keep_alive=self.keep_alive,
+                content_type=content_type,
+                extra=extra,
+                with_body=head.method != b"HEAD",
+            )
         )
         self._worker.metrics.series("", label).count(status)
         if not whole:

@@ -1,4 +1,4 @@
-"""What a client that waits for its model is told meanwhile: comments in the event stream it asked for."""
+"""The event stream that a client is given while it waits: comments on its progress, and failures as events."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 import msgspec
 
+from modelswap.gateway.headers import ResponseHead, find
 from modelswap.protocol import errors
+from modelswap.protocol.errors import Code
 from modelswap.protocol.messages import Progress
 
 
@@ -33,6 +35,33 @@ def error_event(
     """Return a failure as an event: OpenAI's error shape, with the status and retry hints that headers would carry."""
     error: dict[str, Any] = msgspec.json.decode(errors.body(code, message))["error"]
     return _event(_with_hints(error, status, retry_after_ms, should_retry))
+
+
+def code_event(code: Code, message: str) -> bytes:
+    """Return a failure of our own as an event, with the table's status and hints."""
+    outcome = errors.OUTCOMES[code]
+    return error_event(
+        outcome.status, code, message, retry_after_ms=outcome.retry_after_ms, should_retry=outcome.should_retry
+    )
+
+
+def stream_head(request_id: bytes, *, http10: bool, keep_alive: bool) -> bytes:
+    """Return the head of our own event stream, which goes out before there is an engine."""
+    framing = b"" if http10 else b"transfer-encoding: chunked\r\n"
+    connection = b"" if keep_alive else b"connection: close\r\n"
+    return (
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
+        b"x-accel-buffering: no\r\nx-request-id: %b\r\n%b%b\r\n" % (request_id, framing, connection)
+    )
+
+
+def answer_event(head: ResponseHead, body: bytes) -> tuple[bytes, bool]:
+    """Return an engine's answer that is no event stream as one event, and whether it is what the client asked for."""
+    if head.encoded:
+        return error_event(502, Code.INTERNAL, "The engine sent a compressed answer unasked"), False
+    if 200 <= head.status < 300:
+        return data_event(body), True
+    return engine_error_event(head.status, body, find(head.lines, b"retry-after")), False
 
 
 def engine_error_event(status: int, body: bytes, retry_after: bytes | None) -> bytes:

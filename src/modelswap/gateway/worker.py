@@ -33,7 +33,8 @@ from modelswap.gateway.exchange import Exchange
 from modelswap.gateway.http1 import Client
 from modelswap.gateway.link import Link
 from modelswap.gateway.metrics import CONNECTED, CONNECTIONS, IN_FLIGHT, LOOP_LAG, WAITING, Metrics
-from modelswap.gateway.upstream import Pool, hang_up
+from modelswap.gateway.pool import Pool
+from modelswap.gateway.upstream import hang_up
 from modelswap.protocol.errors import Code
 from modelswap.protocol.messages import Catalog, OrchestratorMessage
 from modelswap.spec.config import Config
