@@ -79,7 +79,8 @@ def test_admissions_alone_raise_no_share() -> None:
     few = min(shares, key=lambda name: shares[name])
     for ticket in (1, 2, 3):
         bench.admit(ticket, "a", few)
-    assert bench.opened("a", few).slots == shares[few]
+    instance = bench.scheduler.world.instances[bench.instance("a")]
+    assert instance.leases[few, bench.epoch("a", few)].upper == shares[few]
 
 
 def test_hello_confirms_a_lease_that_stays_as_it_was() -> None:
@@ -172,3 +173,41 @@ def test_leases_on_what_died_before_decisions_began_are_closed() -> None:
     bench.handle(events.Died(at=bench.now, instance="a.0.1", message="it died"))
     held = HeldLease(model="a", epoch=Epoch(0, 1), slots=1, in_flight=0)
     assert [c.epoch for c in said(bench.hello("g", held), Close)] == [held.epoch]
+
+
+def test_a_report_from_before_the_close_frees_no_slots() -> None:
+    """What a gateway said before it heard that its lease was closed doesn't bound what it has let through since."""
+    bench = Bench(model("a", slots=2), model("b"))
+    bench.hello("g")
+    bench.want("a", 1, "g")
+    bench.come_in("a", slots=2)
+    bench.admit(1, "a", "g")
+    bench.hello("h")
+    assert bench.opened("a", "g").slots == 2
+    bench.handle(events.Ensure(at=bench.now, request=1, model="b"))
+    assert bench.state("a") == "draining"
+    bench.usage("a", 1, "g")  # on its way already; another request goes through before the close arrives
+    bench.handle(events.Withdraw(at=bench.now, request=1))
+    bench.want("a", 1, "h")
+    assert bench.opened("a", "h").slots == 0
+    closed = bench.epoch("a", "g")
+    assert closed == bench.epoch("a", "h")
+
+
+def test_a_report_before_decisions_began_frees_no_slots() -> None:
+    """A gateway that goes on under an adopted lease may use all of it, whatever runs there just now."""
+    bench = Bench(begin=False)
+    bench.handle(
+        events.Adopted(
+            at=bench.now, instance="a.0.1", model="a", definition="v1", host="127.0.0.1", port=1, slots=2, ready=True
+        )
+    )
+    bench.handle(events.Begin(at=bench.now, expected=frozenset({"g", "h"})))
+    old = Epoch(0, 1)
+    bench.hello("g", HeldLease(model="a", epoch=old, slots=2, in_flight=0))
+    bench.say(Usage(model="a", epoch=old, revision=-1, in_flight=0), "g")
+    bench.hello("h")
+    bench.want("a", 1, "h")
+    assert bench.opened("a", "h").slots == 0
+    bench.say(Drained(model="a", epoch=old), "g")
+    assert bench.opened("a", "h").slots > 0

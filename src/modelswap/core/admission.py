@@ -425,6 +425,7 @@ class Admission:
     def _start_closing(self, lease: Lease, now: float) -> None:
         del self._leases[lease.model]
         lease.state = LeaseState.CLOSING
+        lease.revision += 1  # a close is a word, too: usage then tells whether it was said before or after
         self._closing[lease.model, lease.epoch] = lease
         if lease.in_flight == 0:
             self._drained(lease, now)

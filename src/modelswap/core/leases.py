@@ -25,6 +25,8 @@ class Lease:
     idle_since: float = 0.0
     served: int = 0
     closing: bool = False
+    ended: bool = False
+    """The gateway has been told that it is closed; only then does what it reports bound what it may use."""
     stale: bool = False
     """Its counts are from before it was told that others wait; a new report is on its way."""
     faults: int = 0
@@ -43,16 +45,20 @@ class Lease:
         self.told.append((self.revision, slots))
         self.upper = max(self.upper, slots)
 
+    def end(self) -> None:
+        """Note that the gateway is being told that the lease is closed, which both sides count as a word."""
+        self.closing = True
+        if not self.ended:
+            self.ended = True
+            self.grant(0)
+
     def report(self, revision: int, in_flight: int, idle_since: float) -> None:
         """Take in a usage report."""
         self.in_flight = in_flight
         self.idle_since = idle_since
         self.stale = False
-        if self.closing:
-            self.upper = in_flight
-        else:
-            self.told = [told for told in self.told if told[0] >= revision]
-            self.upper = max(self.granted, in_flight, *(slots for _, slots in self.told))
+        self.told = [told for told in self.told if told[0] >= revision]
+        self.upper = max(self.granted, in_flight, *(slots for _, slots in self.told))
 
 
 @dataclass(slots=True, kw_only=True)

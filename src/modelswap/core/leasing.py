@@ -64,8 +64,10 @@ def _resume(world: World, gateway: str, held: HeldLease) -> None:
     instance.leases[gateway, held.epoch] = lease
     if lease.closing:
         if held.closing:
-            lease.upper = held.in_flight
+            lease.ended = True
+            lease.granted, lease.upper = 0, held.in_flight
         elif instance.state is not InstanceState.READY:
+            lease.end()
             world.say(gateway, Close(model=held.model, epoch=held.epoch))
         # Else it may go on: an adopted instance's next opening is on its way and ends the lease that is held.
 
@@ -102,7 +104,7 @@ def open_instance(world: World, instance: Instance) -> None:
     instance.ready_at = world.now
     instance.contended = False
     for lease in instance.leases.values():
-        lease.closing = True  # of an earlier opening; the gateway ends it when it hears of the new one
+        lease.end()  # of an earlier opening; the gateway ends it when it hears of the new one
     instance.floor = 0
     for ticket in world.waiting.of_model(instance.model):
         ticket.floor_of = instance.id
@@ -126,7 +128,7 @@ def close_instance(world: World, instance: Instance, *, abort: bool = False) -> 
     """Close all its leases (``abort``: end what runs under them)."""
     instance.epoch = None
     for lease in instance.leases.values():
-        lease.closing = True
+        lease.end()
         world.say(lease.gateway, Close(model=instance.model, epoch=lease.epoch, abort=abort))
     for ticket in world.waiting.of_model(instance.model):
         ticket.floor_of = None

@@ -97,8 +97,9 @@ class Usage(Message, frozen=True):
 
     Said at most once a second while something changes; at once on `Contended` and on falling idle while it holds, in
     answer to an `Open` that takes slots away, and on every finished request while more run than there are slots.
-    ``revision`` is that of the last `Open` received for this lease. ``idle_ms`` is how long nothing has run (0 while
-    something does). ``served`` counts requests ended under this lease.
+    ``revision`` is that of the last `Open` received for this lease on this connection (-1 before the first), and one
+    more once it is closed. ``idle_ms`` is how long nothing has run (0 while something does). ``served`` counts requests
+    ended under this lease.
     """
 
     model: str

@@ -175,6 +175,7 @@ class _Canon:
             lease.in_flight,
             lease.served > 0,
             lease.closing,
+            lease.ended,
             lease.stale,
             lease.faults,
             lease.faults_seen,
