@@ -332,11 +332,35 @@ class Wire:
         async with asyncio.timeout(PATIENCE):
             return await self.reader.readuntil(mark)
 
+    async def rest_after_answer(self) -> bytes:
+        """Return everything up to the end of one answer, however it ends."""
+        out = b""
+        async with asyncio.timeout(PATIENCE):
+            while not _whole(out):
+                try:
+                    data = await self.reader.read(65536)
+                except ConnectionResetError:
+                    return out
+                if not data:
+                    return out
+                out += data
+        return out
+
     async def close(self) -> None:
         """Leave."""
         self.writer.close()
         with contextlib.suppress(OSError):  # it may have been reset
             await self.writer.wait_closed()
+
+
+def _whole(answer: bytes) -> bool:
+    head, mark, body = answer.partition(b"\r\n\r\n")
+    if not mark:
+        return False
+    for line in head.lower().split(b"\r\n"):
+        if line.startswith(b"content-length:"):
+            return len(body) >= int(line[15:])
+    return body.endswith(b"0\r\n\r\n")
 
 
 def post(body: bytes, *, path: str = "/v1/chat/completions", more: str = "", version: str = "1.1") -> bytes:
