@@ -306,3 +306,80 @@ async def test_engine_that_answers_early_is_not_reused(rig: Rig) -> None:
     assert not rig.worker.pool(rig.worker.admission.leases[0]).idle
     server.close()
     await server.wait_closed()
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("bad", [b"nonsense\r\n", b"2\r\nabcd\r\n"])
+async def test_bad_chunks_anywhere(rig: Rig, version: str, later: bool, bad: bytes) -> None:
+    """Framing that makes no sense cuts the answer, be it in the first read or later, for old clients, too."""
+    await rig.start()
+    go = asyncio.Event()
+
+    async def script(request: Request) -> None:
+        head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+        if later:
+            request.connection.write(head + chunk(b"first"))
+            await go.wait()
+            request.connection.write(bad)
+        else:
+            request.connection.write(head + bad)
+
+    engine = await rig.engine(script)
+    wire = await rig.wire()
+    await wire.send(post(ask(), version=version))
+    if later:
+        await wire.until(b"first")
+        go.set()
+    with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
+        await wire.until(b"never to come")
+    await asyncio.wait_for(engine.connections[0].closed.wait(), 30)
+    await until(lambda: rig.in_flight() == 0)
+
+
+@pytest.mark.parametrize("first_read", [False, True])
+async def test_surplus_after_the_last_chunk(rig: Rig, first_read: bool) -> None:
+    """What follows a chunked answer's end stays with us, and its connection isn't used again."""
+    await rig.start()
+
+    async def script(request: Request) -> None:
+        request.connection.write(SSE_HEAD)
+        if not first_read:
+            request.connection.write(chunk(EVENT))
+            await asyncio.sleep(0.01)
+        request.connection.write(chunk(EVENT) + b"0\r\n\r\nsurplus")
+
+    engine = await rig.engine(script)
+    wire = await rig.wire()
+    for _ in range(2):
+        await wire.send(post(ask(stream=True)))
+        assert (await wire.response()).body.endswith(EVENT)
+    assert len(engine.connections) == 2
+
+
+async def test_pipelining_client_that_reads_late(rig: Rig) -> None:
+    """While an answer isn't taken the next request waits; then all go on, in order."""
+    await rig.start()
+
+    async def script(request: Request) -> None:
+        request.connection.write(response(request.body[-10:] * 500_000))
+
+    engine = await rig.engine(script)
+    loop = asyncio.get_running_loop()
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    sock.setblocking(False)
+    with sock:
+        await loop.sock_connect(sock, ("127.0.0.1", rig.port))
+        bodies = [ask(n=f"{n:09}") for n in range(3)]
+        await loop.sock_sendall(sock, b"".join(map(post, bodies)))
+        await engine.request()
+        await until(lambda: any(client.write_paused for client in rig.worker.clients))
+        assert len(engine.requests) == 1
+        got = b""
+        while len(got) < 3 * 5_000_000:
+            data = await asyncio.wait_for(loop.sock_recv(sock, 1 << 20), 30)
+            assert data
+            got += data
+        assert got.index(bodies[0][-10:]) < got.index(bodies[1][-10:]) < got.index(bodies[2][-10:])
+    await until(lambda: rig.in_flight() == 0)
