@@ -26,7 +26,7 @@ class Custom:
     def launch(self, name: str, model: Model, address: Address) -> Launch:
         """Return ``command`` and ``args`` with ``{host}`` and ``{port}`` replaced, also in the values of ``env``."""
         if not model.command:
-            raise ModelswapError(f"models.{name}: engine 'custom' needs a 'command'", code=Code.MODEL_START_FAILED)
+            raise ModelswapError(f"models.{name}: engine 'custom' needs a 'command'", code=Code.MODEL_BROKEN)
         argv = tuple(placed(word, address) for word in (*model.command, *model.args))
         return Launch(argv, {key: placed(value, address) for key, value in model.env.items()}, folder(model))
 

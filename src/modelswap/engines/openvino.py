@@ -32,7 +32,7 @@ _COUNTS: Final = ("openvino_requests_running", "openvino_requests_waiting")
 class CannotServe(ModelswapError):
     """The config asks the embedded engine for something that it doesn't do."""
 
-    code = Code.MODEL_START_FAILED
+    code = Code.MODEL_BROKEN
 
 
 class OpenVino:

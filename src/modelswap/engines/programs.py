@@ -14,13 +14,13 @@ from modelswap.spec.config import Model
 class NotInstalled(ModelswapError):
     """Raised when an engine's program can't be found; the message says how to get it."""
 
-    code = Code.MODEL_START_FAILED
+    code = Code.MODEL_BROKEN
 
 
 class NoSuchModel(ModelswapError):
     """Raised when a model that can only be a file isn't there."""
 
-    code = Code.MODEL_START_FAILED
+    code = Code.MODEL_BROKEN
 
 
 def on_path(program: str, model: Model) -> str | None:

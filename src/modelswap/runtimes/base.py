@@ -53,7 +53,10 @@ class Exit(msgspec.Struct, frozen=True):
 
 
 class StartFailed(ModelswapError):
-    """The engine could not even be started (no such program, no permission, disk full)."""
+    """The engine could not even be started (disk full, no room for a process).
+
+    With `Code.MODEL_BROKEN` if trying again is of no use (no such program, no permission).
+    """
 
     code = Code.MODEL_START_FAILED
 
