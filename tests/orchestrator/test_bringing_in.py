@@ -104,8 +104,7 @@ async def test_a_process_that_ends_fails_the_start_at_once(world: World, permane
     (failed,) = world.of(events.BringInFailed)
     assert (failed.code, failed.permanent) == (code, permanent)
     assert failed.message == (
-        "a failed to start (exited with status 3): no such file; mend 'model'\n"
-        "Its last log lines:\nfirst line\nlast line"
+        "a failed to start: no such file; mend 'model'\nIts last log lines:\nfirst line\nlast line"
     )
     assert world.engine.diagnosed == [(3, ["first line", "last line"])]
     assert world.outside.hosted == {}
@@ -129,7 +128,8 @@ async def test_an_end_explains_the_broken_connection_before_it(world: World) -> 
     world.runtime.die("a.1.1", -11)
     await job
     (failed,) = world.of(events.BringInFailed)
-    assert "failed to start (killed by signal 11)" in failed.message and not failed.killed
+    assert "a failed to start: " in failed.message and not failed.killed
+    assert world.engine.diagnosed[0][0] == -11
 
 
 async def test_a_start_that_takes_too_long_is_stopped_and_told(world: World) -> None:

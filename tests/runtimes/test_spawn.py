@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from modelswap.engines.base import Address, Launch
+from modelswap.protocol.errors import Code
 from modelswap.runtimes.base import StartFailed, StartOrder
 from modelswap.runtimes.process import ProcessRuntime
 
@@ -49,8 +50,9 @@ async def test_failed_starts_name_their_remedy(
         (tmp_path / name).chmod(mode)
     runtime = ProcessRuntime(tmp_path / "state", 1024)
     launch = Launch(argv, {"PATH": str(tmp_path)}, cwd=None if cwd is None else str(tmp_path / cwd))
-    with pytest.raises(StartFailed, match=words):
+    with pytest.raises(StartFailed, match=words) as failed:
         await runtime.start(_order(launch))
+    assert failed.value.code is Code.MODEL_BROKEN, "the same start would fail again"
     assert await runtime.instances() == []
 
 
@@ -91,5 +93,6 @@ async def test_a_system_without_room_fails_the_start(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
-    with pytest.raises(StartFailed, match=words):
+    with pytest.raises(StartFailed, match=words) as failed:
         await runtime.start(_order(Launch((sys.executable,), {})))
+    assert failed.value.code is Code.MODEL_START_FAILED, "a later start may do"

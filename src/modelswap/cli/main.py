@@ -115,7 +115,7 @@ def check(config: ConfigFile = CONFIG_FILE) -> None:
     command(config)
 
 
-@app.command(epilog=_epilog("modelswap status", "modelswap status --json | jq .current"), rich_help_panel="Look")
+@app.command(epilog=_epilog("modelswap status", "modelswap status --json | jq .current_model"), rich_help_panel="Look")
 def status(config: ConfigFile = CONFIG_FILE, url: Url = None, as_json: AsJson = False) -> None:
     """Show what runs, who waits, the swap under way and the last ones."""
     from modelswap.cli.look import status as command

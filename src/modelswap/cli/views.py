@@ -102,7 +102,9 @@ def _models(found: Sequence[Json]) -> Table:
 def _problems(found: Sequence[Json]) -> Iterator[Text]:
     for model in found:
         if model.get("problem"):
-            yield Text.assemble((f"{model.get('name')}: ", "bold red"), str(model["problem"]))
+            name, problem = str(model.get("name")), str(model["problem"])
+            rest = problem.removeprefix(f"{name} ")  # what most problems begin with
+            yield Text.assemble((name, "bold red"), " " if rest != problem else ": ", rest)
 
 
 def _swaps(found: Sequence[Json], now: float) -> Table:

@@ -210,7 +210,7 @@ def _stage(outside: Outside, hosted: Hosted, stage: str, fraction: float | None)
 
 async def _diagnose(outside: Outside, hosted: Hosted, exit_: Exit) -> Diagnosis:
     found = hosted.engine.diagnose(exit_.code, await outside.last_lines(hosted, 200))
-    return Diagnosis(f"{hosted.model} failed to start ({exit_}): {found.reason}", found.permanent)
+    return Diagnosis(f"{hosted.model} failed to start: {found.reason}", found.permanent)
 
 
 async def _fail(

@@ -47,7 +47,9 @@ class Metrics:
             buckets=SWAP_BUCKETS,
             registry=self.registry,
         )
-        self._current = self._gauge("orchestrator_current_model", "1 for models that are open for requests", "model")
+        self._current = self._gauge(
+            "orchestrator_current_model", "1 for the model that has the device and is open, 0 for the others", "model"
+        )
         self._depth = self._gauge("orchestrator_queue_depth", "Waiting requests", "model")
         self._queued_bytes = self._gauge("orchestrator_queue_bytes", "Bytes of waiting request bodies", "model")
         self._oldest = self._gauge("orchestrator_queue_oldest_seconds", "Age of the oldest waiting request", "model")
@@ -152,7 +154,8 @@ class Metrics:
         """Return everything in Prometheus' text format."""
         for model in snapshot.models:
             if model.name in self._models:
-                self._current.labels(model.name).set(1 if model.resident else 0)
+                # What runs beside the others is not what the device has been swapped to.
+                self._current.labels(model.name).set(1 if model.resident and model.device is not None else 0)
                 self._depth.labels(model.name).set(model.waiting)
                 self._queued_bytes.labels(model.name).set(model.waiting_bytes)
                 self._oldest.labels(model.name).set(model.oldest_wait)

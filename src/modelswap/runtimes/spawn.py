@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Final
 
 from modelswap.engines.base import Launch
+from modelswap.protocol.errors import Code
 from modelswap.runtimes.base import StartFailed
 
 # Ours alone; an engine has no business with it.
 _SECRETS: Final = ("MODELSWAP_TOKEN",)
+_PASSING: Final = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ETXTBSY, errno.EIO})
 
 
 def environment(launch: Launch, ids: dict[str, str]) -> dict[str, str]:
@@ -44,10 +46,16 @@ def spawn(launch: Launch, env: dict[str, str], log: int) -> int:
             close_fds=True,
         )
     except (OSError, ValueError, IndexError) as error:
-        raise StartFailed(explain(launch, env, error)) from error
+        raise StartFailed(explain(launch, env, error), code=_code(error)) from error
     # From here on the PID alone is what we keep; this keeps the object from warning about a child it left running.
     process.returncode = 0
     return process.pid
+
+
+def _code(error: Exception) -> Code:
+    """Return what clients are told: only a system without room for it may start the same program later."""
+    passing = isinstance(error, OSError) and error.errno in _PASSING
+    return Code.MODEL_START_FAILED if passing else Code.MODEL_BROKEN
 
 
 def explain(launch: Launch, env: dict[str, str], error: Exception) -> str:
