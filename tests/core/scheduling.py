@@ -91,6 +91,16 @@ class Bench:
             out += self.handle(events.Tick(at=self.now))
         return out
 
+    def silence(self, seconds: float) -> list[effects.Effect]:
+        """Let time pass, ticking at every deadline, while gateways say nothing."""
+        end = self.now + seconds
+        out: list[effects.Effect] = []
+        while self.now < end:
+            at = self.scheduler.next_deadline()
+            self.now = min(end, max(at, self.now + 0.001)) if at is not None else end
+            out += self.handle(events.Tick(at=self.now))
+        return out
+
     # ── gateways ─────────────────────────────────────────────────────────────────────────────────────────
 
     def hello(self, gateway: str = "g", *held: HeldLease, tickets: tuple[Want, ...] = ()) -> list[effects.Effect]:

@@ -211,3 +211,13 @@ def test_a_report_before_decisions_began_frees_no_slots() -> None:
     assert bench.opened("a", "h").slots == 0
     bench.say(Drained(model="a", epoch=old), "g")
     assert bench.opened("a", "h").slots > 0
+
+
+def test_a_scheduler_that_overslept_takes_nobody_for_silent() -> None:
+    """After our own process stood still for longer than a term, gateways get another one to be heard."""
+    bench = Bench(term=10.0)
+    bench.hello()
+    bench.reside("a")
+    bench.now += 30.0
+    assert not of(bench.handle(events.Tick(at=bench.now)), effects.Disconnect)
+    assert of(bench.silence(10.0), effects.Disconnect)

@@ -75,10 +75,9 @@ def test_silent_gateway_is_broken_and_holds_up_nothing() -> None:
     bench.reside("a")
     bench.handle(events.Ensure(at=bench.now, request=1, model="b"))
     bench.drained("a", "g")
-    bench.now += 5
+    bench.silence(5)
     bench.say(Heartbeat(), "g")
-    bench.now += 5
-    out = bench.handle(events.Tick(at=bench.now))
+    out = bench.silence(5)
     assert [d.gateway for d in of(out, effects.Disconnect)] == ["h"]
     assert [e.model for e in of(out, effects.PutOut)] == ["a"]
 
@@ -87,8 +86,7 @@ def test_broken_gateway_is_ignored_until_hello() -> None:
     """What a broken gateway says changes nothing before it has said hello again."""
     bench = Bench(term=10.0)
     bench.hello("g")
-    bench.now += 10
-    bench.handle(events.Tick(at=bench.now))
+    bench.silence(10)
     bench.want("a", 1, "g")
     assert bench.state("a") == "absent"
     bench.hello("g")

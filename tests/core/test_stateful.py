@@ -46,6 +46,7 @@ budgets = st.builds(
     gateway_deaths=st.integers(0, 1),
     restarts=st.integers(0, 2),
     commands=st.integers(0, 2),
+    stalls=st.integers(0, 2),
 )
 
 

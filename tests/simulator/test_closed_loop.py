@@ -10,7 +10,7 @@ from modelswap.simulator.policies import Bypass
 from modelswap.simulator.system import Setup, model
 from modelswap.simulator.timed import Timed, Timing
 
-HOURS = 2.0
+HOURS = 1.0
 
 
 def two_agents(policy: Policy | None, gateways: int = 2) -> tuple[list[float], float]:

@@ -80,6 +80,16 @@ def lost(world: World, gateway: str) -> None:
     forget_gateway(world, gateway)
 
 
+def overslept(world: World) -> None:
+    """Give every gateway a new term: what they said while our own process stood still hasn't been read yet."""
+    until = world.now + world.settings.term
+    for gateway in world.gateways.values():
+        gateway.heard = world.now
+    world.doubtful = dict.fromkeys(world.doubtful, until)
+    if world.begin_deadline is not None:
+        world.begin_deadline = until
+
+
 def forget_gateway(world: World, gateway: str) -> None:
     """Take back everything a gateway had: its connection is closed, or it has been silent for a term."""
     if gateway in world.gateways:

@@ -24,6 +24,7 @@ class Scheduler:
 
     def __init__(self, generation: int, policy: Policy | None = None) -> None:
         self._world = World(generation=generation)
+        self._handled_at = float("inf")
         self._policy = policy if policy is not None else GateFloor()
         self._handlers: dict[type[events.Event], Callable[[Any], None]] = {
             events.Configure: self._configure,
@@ -53,6 +54,9 @@ class Scheduler:
         """Take one event in; return what is to be done now, in order."""
         world = self._world
         world.now = max(world.now, event.at)  # a clock that stepped back must not undo waiting
+        if world.now - self._handled_at > world.settings.term / 3:
+            leasing.overslept(world)
+        self._handled_at = world.now
         self._handlers[type(event)](event)
         self._follow_up()
         out, world.out = world.out, []
@@ -65,6 +69,9 @@ class Scheduler:
         if world.begin_deadline is not None:
             times.append(world.begin_deadline)
         times.extend(world.doubtful.values())
+        if world.gateways or times:
+            # Half of the gap from which `handle` tells that our own process was stopped or starved.
+            times.append(self._handled_at + world.settings.term / 6)
         times.extend(gateway.heard + world.settings.term for gateway in world.gateways.values())
         times.extend(model.backoff.until for model in world.models.values() if model.backoff is not None)
         if len(world.waiting):

@@ -89,7 +89,7 @@ class _Canon:
         scheduler = system.scheduler
         return (
             (budget.asks, budget.leaves, budget.first_bytes, budget.drops, budget.engine_deaths, budget.failures),
-            (budget.stops, budget.gateway_deaths, budget.restarts, budget.commands),
+            (budget.stops, budget.gateway_deaths, budget.restarts, budget.commands, budget.stalls, world.stalled),
             None if scheduler is None else self._scheduler(scheduler.world),
             tuple(self._gateway(gateway) for gateway in system.gateways.values()),
             tuple(self._link(link) for link in system.arriving),

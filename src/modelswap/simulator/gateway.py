@@ -39,6 +39,8 @@ class Gateway:
     """Its connection is closed, and it must make another."""
     alone_since: float = 0.0
     stopped: bool = False
+    woken_at: float = float("-inf")
+    """When it last went on after being stopped."""
     next_tick: float = 0.0
     waiting: dict[int, Request] = field(default_factory=dict)
     running: dict[int, tuple[Request, Lease]] = field(default_factory=dict)
@@ -115,6 +117,7 @@ class Gateway:
     def go_on(self, now: float) -> None:
         """Run again after being stopped; what happened meanwhile is seen first."""
         self.stopped = False
+        self.woken_at = now
         backlog, self.backlog = self.backlog, []
         for request, well in backlog:
             if request is None:

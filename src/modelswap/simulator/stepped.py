@@ -36,12 +36,13 @@ class Budget:
     gateway_deaths: int = 0
     restarts: int = 0
     commands: int = 0
+    stalls: int = 0
 
     @property
     def disturbances(self) -> int:
         """How much may still go wrong at a gateway or under it."""
         losses = self.leaves + self.drops + self.stops + self.gateway_deaths
-        return losses + self.engine_deaths + self.failures + self.restarts
+        return losses + self.engine_deaths + self.failures + self.restarts + self.stalls
 
 
 class Stepped:
@@ -51,6 +52,8 @@ class Stepped:
         self.system = System(setup)
         self.budget = budget
         self.story: list[Action] = []
+        self.stalled = False
+        """The orchestrator's process is stopped."""
 
     @property
     def now(self) -> float:
@@ -67,7 +70,7 @@ class Stepped:
         """Return what happens for sure, if nothing else does: deliveries, completions, timers."""
         system = self.system
         actions: list[Action] = []
-        for link in system.arriving:
+        for link in () if self.stalled else system.arriving:
             if link.up:
                 actions.append(("up", link.id))
             elif link.lost_at is not None:
@@ -77,16 +80,16 @@ class Stepped:
                 continue
             if gateway.link is not None and gateway.link.down:
                 actions.append(("down", name))
-            if gateway.wants_link and system.scheduler is not None:
+            if gateway.wants_link and system.scheduler is not None and not self.stalled:
                 actions.append(("connect", name))
             if system.now >= gateway.next_tick:
                 actions.append(("tick", name))
-        actions += [("done", task) for task in system.tasks]
+        actions += [("done", task) for task in system.tasks if not self.stalled]
         for instance, engine in system.machine.engines.items():
             if engine.alive:
                 actions += [("finish", instance, request) for request in engine.running]
         deadline = self._deadline()
-        if deadline is not None and deadline <= system.now:
+        if deadline is not None and deadline <= system.now and not self.stalled:
             actions.append(("deadline",))
         return actions
 
@@ -109,7 +112,7 @@ class Stepped:
             actions += [("drop", name) for name in system.gateways if system.gateways[name].link in system.arriving]
         if budget.engine_deaths:
             actions += [("kill engine", e.instance) for e in system.machine.engines.values() if e.alive]
-        if budget.failures:
+        if budget.failures and not self.stalled:
             failing = (Kind.BRING_IN, Kind.PUT_OUT, Kind.VERIFY)
             actions += [("fail", task.id) for task in system.tasks.values() if task.kind in failing]
         if budget.stops:
@@ -121,7 +124,11 @@ class Stepped:
             actions.append(("start orchestrator",))
         elif budget.restarts:
             actions.append(("kill orchestrator",))
-        if budget.commands and system.scheduler is not None:
+        if self.stalled:
+            actions.append(("wake",))
+        elif budget.stalls and system.scheduler is not None:
+            actions.append(("stall",))
+        if budget.commands and system.scheduler is not None and not self.stalled:
             actions += [("ensure", facts.name) for facts in system.setup.models]
             actions += [("unload", facts.name) for facts in system.setup.models]
         return actions
@@ -185,8 +192,14 @@ class Stepped:
             case ("kill gateway", str(name)):
                 budget.gateway_deaths -= 1
                 system.kill_gateway(name)
+            case ("stall",):
+                budget.stalls -= 1
+                self.stalled = True
+            case ("wake",):
+                self._wake()
             case ("kill orchestrator",):
                 budget.restarts -= 1
+                self.stalled = False
                 system.kill_orchestrator()
             case ("start orchestrator",):
                 system.start_orchestrator()
@@ -207,6 +220,8 @@ class Stepped:
                 self.do(("continue", name))
         if system.scheduler is None:
             self.do(("start orchestrator",))
+        if self.stalled:
+            self.do(("wake",))
         end = system.now + patience
         rest = None
         for _ in range(steps):
@@ -240,6 +255,15 @@ class Stepped:
         gateway.go_on(self.system.now)
         self.system.check()
 
+    def _wake(self) -> None:
+        self.stalled = False
+        self.system.since = self.system.now
+        for link in self.system.arriving:
+            for index, (_, message) in enumerate(link.up):
+                link.up[index] = (self.system.now, message)
+            if link.lost_at is not None:
+                link.lost_at = self.system.now
+
     def _deadline(self) -> float | None:
         scheduler = self.system.scheduler
         return scheduler.next_deadline() if scheduler is not None else None
@@ -248,9 +272,9 @@ class Stepped:
         system = self.system
         moments: list[float] = []
         deadline = self._deadline()
-        if deadline is not None:
+        if deadline is not None and not self.stalled:
             moments.append(deadline)
-        for link in system.arriving:
+        for link in () if self.stalled else system.arriving:
             moments += [sent + DELAY for sent, _ in link.up]
             if link.lost_at is not None:
                 moments.append(link.lost_at + DELAY)
@@ -260,7 +284,7 @@ class Stepped:
             moments.append(gateway.next_tick)
             if gateway.link is not None:
                 moments += [sent + DELAY for sent, _ in gateway.link.down]
-            if gateway.wants_link and system.scheduler is not None:
+            if gateway.wants_link and system.scheduler is not None and not self.stalled:
                 moments.append(max(gateway.alone_since, system.since) + DELAY)
         return min(moments, default=None)
 

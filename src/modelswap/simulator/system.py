@@ -341,6 +341,8 @@ class System:
                 if link is not None:
                     self.arriving.remove(link)
                     gateway = self.gateways[effect.gateway]
+                    resting = gateway.stopped or self.now - gateway.woken_at < self.setup.settings.term
+                    claim(resting or gateway.link is not link, f"{gateway.name} was taken for silent, but it wasn't")
                     if link.lost_at is None and gateway.link is link:
                         link.up.clear()
                         link.down.clear()
