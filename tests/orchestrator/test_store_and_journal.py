@@ -66,6 +66,24 @@ async def test_what_was_noted_is_there_for_the_next_one(tmp_path: Path) -> None:
     await store.close()
 
 
+async def test_gateways_that_never_came_back_are_expected_only_once(tmp_path: Path) -> None:
+    """One that died with its orchestrator must not make every later one wait a term for it."""
+    store, journal = await opened(tmp_path / "db")
+    journal.gateway_came("dead")
+    journal.gateway_came("back")
+    await store.close()
+    store, journal = await opened(tmp_path / "db")
+    assert journal.gateways == {"dead", "back"}
+    journal.gateway_came("back")
+    journal.gateway_came("new")
+    journal.forget_unheard()
+    assert journal.gateways == {"back", "new"}
+    await store.close()
+    store, journal = await opened(tmp_path / "db")
+    assert journal.gateways == {"back", "new"}
+    await store.close()
+
+
 async def test_generations_grow_even_when_the_clock_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A generation is at least Unix milliseconds, and greater than the one before."""
     store, journal = await opened(tmp_path / "db")

@@ -113,7 +113,9 @@ class Stack:
         if hurry.is_set() or await first(self._stop_in_order(), hurry.wait()) == 1:
             self._say("stopping at once")
             await self._shut_down_now()
-            await self._supervisor.end([*self._gateways, _ORCHESTRATOR], 0.5)
+            # The gateways first: so the orchestrator sees that they have gone, and the next one needn't wait for them.
+            await self._supervisor.end(self._gateways, 0.5)
+            await self._supervisor.end([_ORCHESTRATOR], 0.5)
         await self.sweep()
 
     async def end_services(self) -> None:

@@ -35,6 +35,7 @@ class Journal:
         self._store = store
         self._entries: dict[str, Entry] = {}
         self._gateways: set[str] = set()
+        self._unheard: set[str] = set()
 
     async def begin(self) -> int:
         """Read what an earlier orchestrator left, and return this one's generation, greater than all before."""
@@ -57,6 +58,7 @@ class Journal:
                     born=born,
                 )
         self._gateways = {row[0] for row in await self._store.read("select gateway from gateways")}
+        self._unheard = set(self._gateways)
         await self._store.write(("insert or replace into meta values ('generation', ?)", (str(generation),)))
         return generation
 
@@ -98,6 +100,7 @@ class Journal:
 
     def gateway_came(self, gateway: str) -> None:
         """Note a gateway that may hold leases from now on."""
+        self._unheard.discard(gateway)
         if gateway not in self._gateways:
             self._gateways.add(gateway)
             self._store.send(_gateway_row(gateway))
@@ -107,6 +110,12 @@ class Journal:
         if gateway in self._gateways:
             self._gateways.discard(gateway)
             self._store.send(("delete from gateways where gateway = ?", (gateway,)))
+
+    def forget_unheard(self) -> None:
+        """Forget the earlier orchestrator's gateways that have not come to us: after a term they hold no lease."""
+        for gateway in list(self._unheard):
+            self.gateway_went(gateway)
+        self._unheard.clear()
 
     def write_anew(self) -> None:
         """Put everything into a store that has lost it, except the generation, which time renews."""

@@ -236,6 +236,11 @@ class Service:
         _log.info("gateway", gateway=gateway, connected=connected)
         self.feed.publish("gateway", gateway=gateway, connected=connected)
 
+    async def forget_gateways(self) -> None:
+        """Wait for the earlier orchestrator's gateways for a term, and expect them no more: they have ended."""
+        await asyncio.sleep(self.configured.config.orchestrator.term)
+        self.journal.forget_unheard()
+
     async def read_device(self) -> None:
         """Keep ``reading`` fresh, until cancelled."""
         while True:
@@ -294,6 +299,7 @@ async def running(config_path: Path, config: Config, parts: Parts) -> AsyncItera
         stack.callback(service.end)
         await service.adopt()
         service.tasks.start(service.shell.run(), "scheduler")
+        service.tasks.start(service.forget_gateways(), "gateways")
         service.tasks.start(service.read_device(), "device")
         service.tasks.start(service.rotate_logs(), "logs")
         yield service
