@@ -420,9 +420,9 @@ def test_late_reports_change_nothing() -> None:
     assert bench.state("a") == "ready"
 
 
-def test_start_killed_from_outside_is_tried_once_more() -> None:
-    """A start that somebody killed is repeated for the same waiters; killed again, they are told."""
-    bench = Bench()
+def test_start_killed_from_outside_is_repeated() -> None:
+    """A start that somebody killed is repeated for the same waiters; killed again and again, they are told."""
+    bench = Bench(kills_forgiven=1)
     bench.hello()
     bench.want("a", 1)
     out = bench.fail("a", killed=True)

@@ -79,7 +79,7 @@ class BringInFailed(Event, frozen=True):
 
     ``message`` is for clients: the reason, the remedy and the engine's last log lines. ``permanent``: trying again
     would fail again. ``killed``: it was ended from outside (SIGKILL), which says nothing about the model; its waiters
-    are kept for one more try.
+    are kept for another try.
     """
 
     instance: str

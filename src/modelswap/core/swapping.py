@@ -93,7 +93,7 @@ def brought_in(world: World, instance: Instance) -> None:
     if model is not None and swap is not None:
         model.load_time.add(world.now - swap.phase_began)
         model.swap_time.add(world.now - swap.began - swap.phases.get(Phase.DRAIN, 0.0))
-        model.tried_again = False
+        model.killed_starts = 0
         model.failures = max(model.early_deaths - world.settings.crashes_forgiven, 0)
     leasing.open_instance(world, instance)
     if swap is not None:
@@ -107,15 +107,15 @@ def bring_in_failed(
 ) -> None:
     """Refuse whoever waits for a model that would not start, and leave it alone for a while.
 
-    One that was ``killed`` from outside is tried once more, for the same waiters.
+    One that was ``killed`` from outside is tried again for the same waiters, at most ``kills_forgiven`` times.
     """
     device = world.devices[instance.device]
     device.stuck = ""
     world.transition(instance, InstanceState.FAILED, message.partition("\n")[0])
     _soil(device, instance)
     model = world.models.get(instance.model)
-    if killed and model is not None and not model.tried_again:
-        model.tried_again = True
+    if killed and model is not None and model.killed_starts < world.settings.kills_forgiven:
+        model.killed_starts += 1
     else:
         back_off(world, instance.model, code, message, permanent=permanent)
     _end(world, device, SwapOutcome.FAILED, message)

@@ -92,8 +92,8 @@ class ModelRecord:
     backoff: Backoff | None = None
     failures: int = 0
     """Failed starts in a row, and early deaths beyond those that are forgiven."""
-    tried_again: bool = False
-    """Its last start was killed from outside, and the one after it is free."""
+    killed_starts: int = 0
+    """Starts in a row that were killed from outside, and repeated."""
     early_deaths: int = 0
     """Deaths soon after coming in, in a row."""
 
