@@ -126,7 +126,7 @@ class _Canon:
                 for device in world.devices.values()
                 for swap in (device.swap,)
             ),
-            tuple((m.backoff is not None, m.failures, m.early_deaths, m.tried_again) for m in world.models.values()),
+            tuple((m.backoff is not None, m.failures, m.early_deaths, m.killed_starts) for m in world.models.values()),
             tuple(world.gateways),
             tuple(
                 (
