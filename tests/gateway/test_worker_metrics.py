@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,3 +111,24 @@ def test_leftovers_of_a_killed_writer_are_not_counted(tmp_path: Path) -> None:
         one._map[used : used + 4096] = b"\x7f" * 4096
         one.number(metrics.RETRIES, LABELS).add()
         assert values(one, metrics.RETRIES) == [1]
+
+
+def test_a_full_disk_keeps_counts_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory mapped from a disk without room would kill the worker; so its counts are its own until it ends."""
+
+    def refuse(fd: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with worker(tmp_path) as one:
+        one.number(metrics.FAULTS, LABELS).add(2)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "posix_fallocate", refuse, raising=False)
+            with worker(tmp_path) as two:
+                two.number(metrics.FAULTS, LABELS).add(3)
+                two.number(metrics.IN_FLIGHT, LABELS).set(5)
+                assert values(two, metrics.FAULTS) == [5]
+                assert values(two, metrics.IN_FLIGHT) == [5]
+                assert values(one, metrics.FAULTS) == [2]
+        with worker(tmp_path) as three:
+            three.number(metrics.FAULTS, LABELS).add(4)
+            assert values(one, metrics.FAULTS) == [6]

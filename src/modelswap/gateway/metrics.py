@@ -11,6 +11,7 @@ A file is a header and then records, appended and never moved: key length, key, 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -21,11 +22,13 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+import structlog
 
 _MAGIC: Final = b"mswpgw01"
-_FILE_BYTES: Final = 8 * 1024 * 1024  # sparse: what isn't used takes no room
+_FILE_BYTES: Final = 8 * 1024 * 1024
 _HEADER: Final = struct.Struct("8sQ")
 _RECORD: Final = struct.Struct("QQ")
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 BUCKETS: Final = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
@@ -62,6 +65,8 @@ _HELP: Final = {
 }
 
 Labels = tuple[tuple[str, str], ...]
+
+_log = structlog.get_logger(__name__)
 
 
 class _Key(msgspec.Struct, frozen=True, array_like=True):
@@ -184,7 +189,7 @@ class Metrics:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._fd, self._map = _claim(folder)
+        self._fd, self._map, self._shared = _claim(folder)
         self._view = memoryview(self._map).cast("q")
         self._used: int = _HEADER.unpack_from(self._map)[1]
         self._places: dict[_Key, int] = {}
@@ -246,14 +251,9 @@ class Metrics:
         self.write_down()
         sums: dict[str, dict[Labels, list[int]]] = {}
         for path in sorted(self._folder.glob("worker-*.metrics")):
-            for key, values in _read_file(path):
-                sums_of_name = sums.setdefault(key.name, {})
-                known = sums_of_name.get(key.labels)
-                if known is None:
-                    sums_of_name[key.labels] = values
-                else:
-                    for i, value in enumerate(values[: len(known)]):
-                        known[i] += value
+            _add(sums, _read_file(path))
+        if not self._shared:
+            _add(sums, _values(self._map, alive=True))
         return sums
 
     def render(self, models: Collection[str]) -> bytes:
@@ -291,7 +291,19 @@ class Metrics:
         return at
 
 
-def _claim(folder: Path) -> tuple[int, mmap.mmap]:
+def _add(sums: dict[str, dict[Labels, list[int]]], counted: Iterable[tuple[_Key, list[int]]]) -> None:
+    for key, values in counted:
+        sums_of_name = sums.setdefault(key.name, {})
+        known = sums_of_name.get(key.labels)
+        if known is None:
+            sums_of_name[key.labels] = values
+        else:
+            for i, value in enumerate(values[: len(known)]):
+                known[i] += value
+
+
+def _claim(folder: Path) -> tuple[int, mmap.mmap, bool]:
+    """Return a file that is ours from now on, with its memory; False: the disk is full, and only we see the memory."""
     n = 0
     while True:
         path = folder / f"worker-{n}.metrics"
@@ -302,13 +314,32 @@ def _claim(folder: Path) -> tuple[int, mmap.mmap]:
             os.close(fd)
             n += 1
             continue
-        os.ftruncate(fd, _FILE_BYTES)
-        mapped = mmap.mmap(fd, _FILE_BYTES)
+        shared = _reserve(fd)
+        if not shared:
+            _log.warning("metrics_not_shared", path=str(path), remedy="the disk is full; free some space and restart")
+        mapped = mmap.mmap(fd if shared else -1, _FILE_BYTES)
         magic, used = _HEADER.unpack_from(mapped)
         if magic != _MAGIC or not _HEADER.size <= used <= _FILE_BYTES:
             mapped[:] = bytes(_FILE_BYTES)
             _HEADER.pack_into(mapped, 0, _MAGIC, _HEADER.size)
-        return fd, mapped
+        return fd, mapped, shared
+
+
+def _reserve(fd: int) -> bool:
+    """Make a file as long as it must be, all of it on the disk; False if that is full.
+
+    Writing to mapped memory for which the disk has no room kills the process (SIGBUS).
+    """
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, _FILE_BYTES)
+        os.ftruncate(fd, _FILE_BYTES)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        os.ftruncate(fd, 0)  # so that nobody reads it
+        return False
+    return True
 
 
 def _records(mapped: mmap.mmap) -> Iterator[tuple[_Key, int, int]]:
@@ -334,13 +365,16 @@ def _read_file(path: Path) -> Iterator[tuple[_Key, list[int]]]:
         except BlockingIOError:
             alive = True
         with mmap.mmap(fd, _FILE_BYTES, prot=mmap.PROT_READ) as mapped:
-            if _HEADER.unpack_from(mapped)[0] != _MAGIC:
-                return
-            for key, at, length in _records(mapped):
-                if alive or _HELP.get(key.name, ("", ""))[0] != "gauge":
-                    yield key, list(struct.unpack_from(f"{length}q", mapped, at * 8))
+            if _HEADER.unpack_from(mapped)[0] == _MAGIC:
+                yield from _values(mapped, alive=alive)
     finally:
         os.close(fd)
+
+
+def _values(mapped: mmap.mmap, *, alive: bool) -> Iterator[tuple[_Key, list[int]]]:
+    for key, at, length in _records(mapped):
+        if alive or _HELP.get(key.name, ("", ""))[0] != "gauge":
+            yield key, list(struct.unpack_from(f"{length}q", mapped, at * 8))
 
 
 def _histogram_lines(name: str, labels: Labels, values: list[int]) -> Iterator[str]:
