@@ -282,7 +282,7 @@ class Worker:
                 for client in list(self.clients):
                     running = client.exchange
                     if running is not None and running.lease is effect.lease:
-                        running.abort(Code.DRAIN_ABORTED, "its engine has to stop now")
+                        running.abort(Code.DRAIN_ABORTED, "the model's engine has to stop now")
             case Reconnect():
                 _log.warning("paused_too_long", remedy="leases are confirmed anew")
                 self.link.reconnect()
