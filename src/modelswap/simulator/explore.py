@@ -41,6 +41,8 @@ class Explored:
 
 @dataclass(slots=True)
 class _Frame:
+    live: Stepped | None
+    """The world itself, for whichever step is tried first; the others start from copies."""
     frozen: bytes
     state: int
     action: Action
@@ -73,7 +75,7 @@ def explore(world: Stepped, *, at_most: int = 10_000_000) -> Explored:
             path.discard(frame.state)
             continue
         action = frame.todo.pop()
-        after = _thaw(frame.frozen)
+        after, frame.live = frame.live or _thaw(frame.frozen), None
         try:
             after.do(action)
             found.steps += 1
@@ -96,12 +98,14 @@ def _enter(
     seen.add(state)
     found.states += 1
     _forget_history(world)
-    frozen = _freeze(world)
-    if not _owed(world):
+    todo = _possible(world)
+    rests = not _owed(world)
+    frozen = _freeze(world) if len(todo) + rests > 1 else b""
+    if rests:
         found.rests += 1
-        _thaw(frozen).settle()
+        (_thaw(frozen) if frozen else world).settle()
     path.add(state)
-    stack.append(_Frame(frozen, state, action, _possible(world)))
+    stack.append(_Frame(world, frozen, state, action, todo))
 
 
 def _freeze(world: Stepped) -> bytes:
