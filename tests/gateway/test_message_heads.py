@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelswap.gateway.headers import CHUNKED, UNTIL_CLOSE, BadHead, Likeness, read_request, read_response
+from modelswap.gateway.headers import CHUNKED, UNTIL_CLOSE, BadHead, likeness, number, read_request, read_response
 
 
 def _request(*lines: str, start: str = "POST /v1/completions HTTP/1.1") -> bytes:
@@ -180,8 +180,28 @@ def test_likeness_is_all_but_the_length(name: str, one: int, other: int, lines: 
     """Two heads that differ in their length alone are alike, and around it nothing is left out."""
     lines.insert(at, f"{name}{one}")
     raw = _request("Host: a", *lines)
-    like = Likeness(raw)
-    assert like.prefix + str(one).encode() + like.suffix == raw
-    again, length = read_request(like.prefix + str(other).encode() + like.suffix)
+    prefix, at, suffix, size = likeness(raw)
+    assert prefix + str(one).encode() + suffix == raw
+    assert (at, size) == (len(prefix), len(suffix))
+    again, length = read_request(prefix + str(other).encode() + suffix)
     assert length == other
     assert again.kept == read_request(raw)[0].kept
+
+
+@pytest.mark.parametrize(
+    ("digits", "length"),
+    [
+        (b"0", 0),
+        (b"007", 7),
+        (b"123456", 123456),
+        (b"", -1),
+        (b"-1", -1),
+        (b"+1", -1),
+        (b"1_0", -1),
+        (b" 1", -1),
+        (b"9" * 19, -1),
+    ],
+)
+def test_only_digits_are_a_length(digits: bytes, length: int) -> None:
+    """Nothing that Python, but not HTTP, takes for a number is one."""
+    assert number(digits) == length

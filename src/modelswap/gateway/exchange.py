@@ -28,6 +28,7 @@ CLIENT_GONE: Final = 499
 MAX_ENGINE_ERROR: Final = 1024 * 1024
 """How much of an engine's response is kept to be made an event of."""
 _ATTEMPTS: Final = 2
+_REQUEST: Final = b"%b%bcontent-length: %d\r\nx-request-id: %b\r\n\r\n%b"
 _COPIED: Final = 32768
 """A body smaller than this many bytes is copied behind its head, so that both go out in one piece."""
 _CONNECTION_CLOSE: Final = b"connection: close\r\n"
@@ -70,7 +71,6 @@ class Exchange:
         "_body",
         "_collected",
         "_connecting",
-        "_first_byte",
         "_head",
         "_name",
         "_phase",
@@ -81,6 +81,7 @@ class Exchange:
         "_upstream",
         "_worker",
         "client",
+        "first_byte",
         "lease",
         "model",
         "request_id",
@@ -113,7 +114,7 @@ class Exchange:
         self._upstream: Upstream | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._response: ResponseHead | None = None
-        self._first_byte = 0.0
+        self.first_byte = 0.0
         self._turn: _Turn | None = None
         self.request_id = request_id
         self.model: CatalogModel | None = None
@@ -226,41 +227,34 @@ class Exchange:
 
     def _send(self, lease: Lease, now: float) -> None:
         self.lease = lease
-        pool = self._worker.pools.get(lease) or self._worker.pool(lease)
+        worker = self._worker
+        pool = worker.pools.get(lease) or worker.pool(lease)
+        idle = pool.idle
+        if idle and idle[-1].idle_until > now:
+            self._send_on(idle.pop(), pool)
+            return
         upstream = pool.take(now)
-        if upstream is None:
-            self._connecting = self._worker.spawn(self._connect(pool))
-        else:
+        if upstream is not None:
             self._send_on(upstream, pool)
+        else:
+            self._connecting = worker.spawn(self._connect(pool))
 
     def _send_on(self, upstream: Upstream, pool: Pool) -> None:
         self._upstream = upstream
-        target = self._route.target
-        prefix = pool.prefixes.get(target) or pool.prefix(target)
-        kept = self._head.kept
+        head = self._head
+        prefix = pool.prefixes.get(self._route.target) or pool.prefix(self._route.target)
+        kept = head.kept
         if self._phase != _BEFORE:
-            lines = headers.without(self._head.lines, b"accept-encoding")
-            kept = b"".join(line + b"\r\n" for line in lines)
+            kept = b"".join(line + b"\r\n" for line in headers.without(head.lines, b"accept-encoding"))
         body = self._body
         model = self.model
         if model is not None and model.upstream_name is not None and self._name not in model.adapters:
             body = replace_model(body, model.upstream_name)
         size = len(body)
         if size < _COPIED:
-            request = b"%b%bcontent-length: %d\r\nx-request-id: %b\r\n\r\n%b" % (
-                prefix,
-                kept,
-                size,
-                self.request_id,
-                body,
-            )
-            upstream.send(self, request)
+            upstream.send(self, _REQUEST % (prefix, kept, size, self.request_id, body))
         else:
-            upstream.send(
-                self,
-                b"%b%bcontent-length: %d\r\nx-request-id: %b\r\n\r\n" % (prefix, kept, size, self.request_id),
-                body,
-            )
+            upstream.send(self, _REQUEST % (prefix, kept, size, self.request_id, b""), body)
         if self.client.write_paused:
             upstream.pause()
 
@@ -311,7 +305,7 @@ class Exchange:
         called with what the body carries.
         """
         self._response = head
-        self._first_byte = monotonic()
+        self.first_byte = monotonic()
         if self._phase == _EVENTS:
             if 200 <= head.status < 300 and head.is_event_stream:
                 self._phase = _EVENTS_STREAM
@@ -374,7 +368,7 @@ class Exchange:
             admission.leave(lease, now)
             since = self.since
             series = worker.metrics.series(lease.model, self._route.label)
-            series.relayed(self.status, self._first_byte - since, now - since)
+            series.relayed(self.status, self.first_byte - since, now - since)
         if admission.pending:
             worker.pump()
         self.client.over(now)
@@ -488,7 +482,7 @@ class Exchange:
         series = self._worker.metrics.series(model.name if model is not None else "", self._route.label)
         duration = monotonic() - self.since
         if self._response is not None:
-            series.relayed(self.status, self._first_byte - self.since, duration)
+            series.relayed(self.status, self.first_byte - self.since, duration)
         else:
             series.ended(self.status, duration)
 

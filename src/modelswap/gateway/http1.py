@@ -12,7 +12,7 @@ from modelswap.gateway import answers, headers, routes
 from modelswap.gateway import body as bodies
 from modelswap.gateway.chunked import BadChunk, ChunkScanner
 from modelswap.gateway.exchange import Exchange
-from modelswap.gateway.headers import BadHead, Likeness, RequestHead, read_request
+from modelswap.gateway.headers import LENGTHS, BadHead, Likeness, RequestHead, likeness, number, read_request
 from modelswap.gateway.local import answer_locally
 from modelswap.gateway.routes import Route
 from modelswap.gateway.upstream import hang_up
@@ -107,30 +107,27 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Take in what the client sends."""
         state = self._state
-        if state == _RUNNING or self.write_paused:
+        if state == _IDLE and not self.write_paused:
+            if self._like is not None:
+                prefix, at, suffix, suffix_size = self._like
+                if data.startswith(prefix):
+                    stop = data.find(b"\r", at, at + 19)
+                    digits = data[at:stop]
+                    length = LENGTHS.get(digits) or number(digits)
+                    start = stop + suffix_size
+                    worker = self._worker
+                    if start + length == len(data) and length <= worker.max_body and data.startswith(suffix, stop):
+                        head = self._like_head
+                        self._request_id = b"%b%x" % (worker.request_prefix, next(worker.request_numbers))
+                        self.keep_alive = head.keep_alive
+                        self._relay(head, data[start:])
+                        return
+            self._consume(data)
+        elif state == _RUNNING or self.write_paused:
             self._buffer += data
             if len(self._buffer) > MAX_PIPELINED and not self._reading_paused:
                 self._reading_paused = True
                 self.transport.pause_reading()
-        elif state == _IDLE:
-            like = self._like
-            if like is not None and data.startswith(like.prefix):
-                at = like.at
-                stop = data.find(b"\r", at, at + 19)
-                digits = data[at:stop]
-                start = stop + like.suffix_size
-                if (
-                    digits.isdigit()
-                    and data.startswith(like.suffix, stop)
-                    and (length := int(digits)) == len(data) - start
-                    and length <= self._worker.max_body
-                ):
-                    worker = self._worker
-                    self._request_id = b"%b%x" % (worker.request_prefix, next(worker.request_numbers))
-                    self.keep_alive = self._like_head.keep_alive
-                    self._relay(self._like_head, data[start:])
-                    return
-            self._consume(data)
         elif state < _RUNNING:
             self._consume(data)
 
@@ -281,7 +278,7 @@ class Client(asyncio.Protocol):
             self._refuse(Code.BODY_TOO_LARGE, _too_large("The request's body", worker.max_body, "max_body"), route)
             return b""
         if length > 0 and head.request_id is None:
-            self._like = Likeness(data[:end])
+            self._like = likeness(data[:end])
             self._like_head = head
         if length >= 0:
             stop = end + length

@@ -146,7 +146,10 @@ class Series:
         self._first_bytes[bisect_left(BUCKETS, first_byte)] += 1
         self._sum_of_durations += duration
         self._durations[bisect_left(BUCKETS, duration)] += 1
-        self.count(status)
+        if self._noted and status in self._statuses:
+            self._statuses[status] += 1
+        else:
+            self.count(status)
 
     def ended(self, status: int, duration: float) -> None:
         """Count a request that no engine's response was there for."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from modelswap.core.admission import LeaseState
 from modelswap.gateway.chunked import BadChunk, ChunkScanner
-from modelswap.gateway.headers import CHUNKED, BadHead, Likeness, ResponseHead, read_response
+from modelswap.gateway.headers import CHUNKED, LENGTHS, BadHead, Likeness, ResponseHead, likeness, number, read_response
 
 if TYPE_CHECKING:
     from modelswap.gateway.exchange import Exchange
@@ -54,6 +54,7 @@ class Upstream(asyncio.Protocol):
     )
 
     transport: asyncio.Transport
+    _like_head: ResponseHead
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -63,7 +64,6 @@ class Upstream(asyncio.Protocol):
         self._chunks = ChunkScanner()
         self._left = 0
         self._like: Likeness | None = None
-        self._like_head: ResponseHead | None = None
         self._keep: float | None = None
         self._raw: Callable[[bytes], None] | None = None
         self._paused = False
@@ -133,11 +133,11 @@ class Upstream(asyncio.Protocol):
                 raw(data)
             elif end == len(data):
                 raw(data)
-                self._finish()
+                self._finish(monotonic())
             else:
                 raw(data[:end])
                 self._keep = None
-                self._finish()
+                self._finish(monotonic())
         elif mode == _LENGTH:
             left = self._left = self._left - len(data)
             if left < 0:
@@ -145,7 +145,7 @@ class Upstream(asyncio.Protocol):
                 self._keep = None
             self._pass(data)
             if left <= 0:
-                self._finish()
+                self._finish(monotonic())
         elif mode == _HEAD:
             self._head(data)
         elif mode == _UNTIL_CLOSE:
@@ -175,16 +175,15 @@ class Upstream(asyncio.Protocol):
     # ── inside ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _head(self, data: bytes) -> None:
-        like = self._like
-        if like is not None and data.startswith(like.prefix) and not self._buffer:
-            at = like.at
-            stop = data.find(b"\r", at, at + 19)
-            digits = data[at:stop]
-            if digits.isdigit() and data.startswith(like.suffix, stop):
-                head = self._like_head
-                assert head is not None  # noqa: S101 - for the type checker: it comes with its likeness
-                self._begin(head, int(digits), data[stop + like.suffix_size :])
-                return
+        if self._like is not None and not self._buffer:
+            prefix, at, suffix, suffix_size = self._like
+            if data.startswith(prefix):
+                stop = data.find(b"\r", at, at + 19)
+                digits = data[at:stop]
+                length = LENGTHS.get(digits) or number(digits)
+                if length >= 0 and data.startswith(suffix, stop):
+                    self._begin(self._like_head, length, data[stop + suffix_size :])
+                    return
         if self._buffer:
             data = self._buffer + data
         end = data.find(b"\r\n\r\n") + 4
@@ -206,7 +205,7 @@ class Upstream(asyncio.Protocol):
                 self._head(data[end:])
             return
         if length >= 0 and head.status == 200:
-            self._like = Likeness(data[:end])
+            self._like = likeness(data[:end])
             self._like_head = head
         self._begin(head, length, data[end:])
 
@@ -225,17 +224,25 @@ class Upstream(asyncio.Protocol):
                 self.data_received(rest)
             return
         # The response's head and what came with it go out in one write.
-        raw = self._raw = exchange.client.transport.write
+        raw = exchange.client.transport.write
         if length >= 0:
+            left = length - len(rest)
+            if left == 0:
+                raw(out + rest)
+                self._finish(exchange.first_byte)
+                return
             self._mode = _LENGTH
-            left = self._left = length - len(rest)
+            self._left = left
+            self._raw = raw
             if left < 0:
                 rest = rest[:left]
                 self._keep = None
-            raw(out + rest if rest else out)
-            if left <= 0:
-                self._finish()
-        elif length == CHUNKED:
+            raw(out + rest)
+            if left < 0:
+                self._finish(monotonic())
+            return
+        self._raw = raw
+        if length == CHUNKED:
             self._mode = _CHUNKED
             chunks = self._chunks = ChunkScanner()
             try:
@@ -251,7 +258,7 @@ class Upstream(asyncio.Protocol):
                 rest = rest[:ended]
                 self._keep = None
             raw(out + rest)
-            self._finish()
+            self._finish(monotonic())
         else:
             self._mode = _UNTIL_CLOSE
             raw(out + rest)
@@ -269,7 +276,7 @@ class Upstream(asyncio.Protocol):
         if end >= 0 and self._exchange is not None:
             if end < len(data):
                 self._keep = None
-            self._finish()
+            self._finish(monotonic())
 
     def _pass(self, data: bytes) -> None:
         if self._raw is not None:
@@ -277,7 +284,7 @@ class Upstream(asyncio.Protocol):
         elif data and self._exchange is not None:
             self._exchange.payload(data)
 
-    def _finish(self) -> None:
+    def _finish(self, now: float) -> None:
         exchange = self._exchange
         if exchange is None:
             return
@@ -290,7 +297,6 @@ class Upstream(asyncio.Protocol):
             self._large = False
             if self.transport.get_write_buffer_size():
                 self._keep = None  # it answered without having taken the whole request
-        now = monotonic()
         pool = self._pool
         if self._keep is not None and pool.lease.state is _OPEN and not self.lost:
             self.fresh = False
