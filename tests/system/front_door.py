@@ -6,7 +6,7 @@ import asyncio
 import base64
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -138,6 +138,17 @@ class Wire:
             return "reset"
         return "closed"
 
+    async def rest(self) -> tuple[bytes, End]:
+        """Return all bytes to the connection's end, and how it ended."""
+        got = b""
+        try:
+            async with asyncio.timeout(PATIENCE):
+                while data := await self.reader.read(65536):
+                    got += data
+        except ConnectionResetError:
+            return got, "reset"
+        return got, "closed"
+
     def leave(self, *, reset: bool = False) -> None:
         """Close the connection, whatever is under way."""
         self.writer.transport.abort() if reset else self.writer.close()
@@ -213,8 +224,38 @@ def stack_of(folder: Path, models: dict[str, Any], *, engine: Options | None = N
     return Stack(folder, models=usual | models, device=device, **sections)
 
 
+async def metrics(stack: Stack) -> dict[str, float]:
+    """Return every series of the gateway's metrics."""
+    answer = await send(stack, b"GET /metrics HTTP/1.1\r\nHost: g\r\n\r\n", method="GET")
+    assert answer.status == 200
+    lines = [line.rpartition(" ") for line in answer.body.decode().splitlines() if not line.startswith("#")]
+    assert len({series for series, _, _ in lines}) == len(lines)
+    return {series: float(value) for series, _, value in lines}
+
+
+def total(series: dict[str, float], name: str, **labels: str) -> float:
+    """Return the sum of the series of a metric that have these labels."""
+    wanted = [f'{key}="{value}"' for key, value in labels.items()]
+    return sum(
+        value
+        for key, value in series.items()
+        if key.partition("{")[0] == name and all(part in key.partition("{")[2] for part in wanted)
+    )
+
+
+def running(stack: Stack) -> Iterator[Stack]:
+    """Run one stack for all tests of a file, whose event loops come and go; each test leaves it as it was."""
+    asyncio.run(stack.start())
+    try:
+        yield stack
+    finally:
+        asyncio.run(stack.__aexit__())
+
+
 async def engine_of(stack: Stack, model: str) -> str:
-    """Return the base URL of a resident model's engine."""
+    """Return the base URL of a model's engine; makes it resident first."""
+    answer = await send(stack, post(chat(model)))
+    assert answer.status == 200, answer.body
     status = await stack.status()
     [found] = [i for i in status["instances"] if i["model"] == model and i["state"] == "ready"]
     return f"http://{found['host']}:{found['port']}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from modelswap.testing.engine.options import Options
-from tests.system.front_door import chat, echo, engine_of, post, send, simulated, stack_of, stats, wire
+from tests.system.front_door import chat, echo, engine_of, post, running, send, simulated, stack_of, stats, wire
 from tests.system.stack import Stack
 
 KEY = "engine-key-1"
@@ -35,9 +34,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         {"keyed": simulated(folder, "keyed", engine, api_key=KEY, adapters=["keyed-lora"])},
         gateway={"max_body": 200_000, "max_headers": 4096, "header_timeout": 0.5},
     )
-    asyncio.run(made.start())
-    yield made
-    asyncio.run(made.__aexit__())
+    yield from running(made)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +231,6 @@ async def test_connection_close_is_obeyed(stack: Stack) -> None:
 
 async def test_connections_are_kept(stack: Stack) -> None:
     """Many requests, good and bad, go over one connection of the client and few of the engine's."""
-    assert (await send(stack, post(chat("mistral")))).status == 200
     url = await engine_of(stack, "mistral")
     before = (await stats(url))["connections"]
     async with wire(stack) as client:
