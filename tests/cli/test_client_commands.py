@@ -128,6 +128,14 @@ def test_status_of_an_idle_orchestrator_is_no_error(fake: Any, command: Run) -> 
     assert "current model: none" in ran.out
 
 
+def test_the_gateways_address_is_told_from_the_orchestrators(fake: Any, command: Run) -> None:
+    """The gateway has a ``/status`` as well, of another shape."""
+    fake.answers["GET /status"] = (200, {"current": ["m"], "orchestrator": {}, "models": {"m": {"state": "ready"}}})
+    ran = command("status", "--url", fake.url)
+    assert ran.code == 2
+    assert "is not an orchestrator" in ran.err
+
+
 def test_json_is_what_the_orchestrator_said(fake: Any, command: Run) -> None:
     """``--json`` prints the answer whole, for programs."""
     found = status()

@@ -53,7 +53,11 @@ class AdminClient:
 
     async def status(self) -> dict[str, Any]:
         """Return ``GET /status``."""
-        return _mapping(await self.get("/status"), f"{self.url}/status")
+        found = await self.get("/status")
+        # The gateway has a /status, too; its models are no list.
+        if not isinstance(found, dict) or not isinstance(found.get("models", []), list):
+            raise _not_ours(self.url)
+        return found
 
     async def logs(self, model: str, lines: int, *, follow: bool = False) -> AsyncIterator[str]:
         """Yield the model's last log lines; then, if ``follow``, those that come until the orchestrator ends."""
@@ -117,12 +121,6 @@ def _not_ours(url: str) -> Failure:
     return Failure(
         f"what answers at {url} is not an orchestrator", "give the orchestrator's address with --url", ExitCode.USAGE
     )
-
-
-def _mapping(value: Any, url: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _not_ours(url)
-    return value
 
 
 def _refused(status: int, content: str, url: str) -> Failure:
