@@ -130,7 +130,7 @@ def test_status_of_an_idle_orchestrator_is_no_error(fake: Any, command: Run) -> 
 
 def test_the_gateways_address_is_told_from_the_orchestrators(fake: Any, command: Run) -> None:
     """The gateway has a ``/status`` as well, of another shape."""
-    fake.answers["GET /status"] = (200, {"current": ["m"], "orchestrator": {}, "models": {"m": {"state": "ready"}}})
+    fake.answers["GET /status"] = (200, {"current_model": "m", "orchestrator": {}, "models": {"m": {"state": "ready"}}})
     ran = command("status", "--url", fake.url)
     assert ran.code == 2
     assert "is not an orchestrator" in ran.err

@@ -62,7 +62,7 @@ async def test_status_tells_of_models_and_requests(rig: Rig) -> None:
     await (await rig.wire()).send(post(ask("coder")))
     await rig.orchestrator.hears(Want)
     got = (await rig.get("/status")).json()
-    assert got["current"] == ["mistral"]
+    assert got["current_model"] == "mistral"
     assert got["waiting"] == {"coder": 1, "mistral": 0}
     assert got["in_flight"] == {"coder": 0, "mistral": 0}
     (lease,) = got["worker"]["leases"]

@@ -69,6 +69,7 @@ def models(worker: Worker) -> list[CatalogModel]:
             adapters=tuple(model.adapters),
             priority=model.priority,
             engine=model.engine,
+            beside=model.device == "none",
             state="unknown",
         )
         for name, model in worker.config.models.items()
@@ -76,7 +77,7 @@ def models(worker: Worker) -> list[CatalogModel]:
 
 
 def status(worker: Worker) -> dict[str, Any]:
-    """Return current models, waiting requests and leases, as JSON-ready data."""
+    """Return the current model, waiting requests and leases, as JSON-ready data."""
     worker.publish_gauges()
     sums = worker.metrics.read()
 
@@ -85,7 +86,7 @@ def status(worker: Worker) -> dict[str, Any]:
 
     known = models(worker)
     return {
-        "current": [model.name for model in known if model.resident],
+        "current_model": _current(known),
         "orchestrator": {"connected": worker.admission.connected},
         "models": {model.name: {"state": model.state, "resident": model.resident} for model in known},
         "waiting": per_model(metrics.WAITING),
@@ -108,6 +109,10 @@ def status(worker: Worker) -> dict[str, Any]:
     }
 
 
+def _current(known: list[CatalogModel]) -> str | None:
+    return next((model.name for model in known if model.resident and not model.beside), None)
+
+
 def _health(worker: Worker) -> dict[str, Any]:
     admission = worker.admission
     serving = any(lease.state is LeaseState.OPEN for lease in admission.leases)
@@ -122,6 +127,7 @@ def _health(worker: Worker) -> dict[str, Any]:
         "status": word,
         "gateway": {"status": "stopping" if worker.stopping else "ok", "waiting": admission.waiting},
         "orchestrator": {"connected": admission.connected},
+        "current_model": _current(models(worker)),
         "instances": [
             {"model": model.name, "state": model.state, "resident": model.resident}
             for model in models(worker)

@@ -64,6 +64,7 @@ class Configured:
                 upstream_name=engine.upstream_name(name, model),
                 priority=model.priority,
                 engine=model.engine,
+                beside=model.device == "none",
             ),
         )
 
