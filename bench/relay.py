@@ -29,8 +29,8 @@ from time import monotonic
 from typing import Final
 
 BAR: Final = 1.4
-ROUNDS: Final = 7
-SECONDS: Final = 3
+ROUNDS: Final = 11
+SECONDS: Final = 2
 CONNECTIONS: Final = 32
 STREAMS: Final = 48
 
