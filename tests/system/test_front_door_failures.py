@@ -9,6 +9,7 @@ from pathlib import Path
 
 import aiohttp
 import openai
+import psutil
 import pytest
 
 from modelswap.testing.engine.behaviour import Behaviour
@@ -44,6 +45,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         "mistyped": {"engine": "custom", "command": [sys.executable, "-m", "modelswap.testing.engine", "--no-such"]},
         "missing": {"engine": "custom", "command": ["/no/such/program"]},
         "endless": simulated(folder, "endless", Options(behaviour=Behaviour(load="hang")), start_timeout=0.5),
+        "patient": simulated(folder, "patient", Options(load_seconds=0.05, tokens=4, keep_alive=600)),
         # Each dies in one test, so that none is left alone for having died too often.
         **{f"victim-{n}": simulated(folder, f"victim-{n}") for n in range(VICTIMS)},
     }
@@ -239,13 +241,51 @@ async def test_reused_connection_that_the_engine_drops(stack: Stack) -> None:
         before = (await stats(url))["answered"]
         for n in range(20):
             answer = await send(stack, post(chat("mistral", stream=n % 2 == 0)))
-            assert (answer.status, answer.whole) == (200, True), behaviour
+            assert (answer.status, answer.whole, answer.header("connection")) == (200, True, None), behaviour
         assert (await stats(url))["answered"] == before + 20
     series = await metrics(stack)
     assert total(series, "modelswap_gateway_faults_total", model="mistral") == 0
     assert total(series, "modelswap_gateway_stale_connections_total", model="mistral") > 0
     await fault(url)
     assert [p.pid for p in stack.engines()] == [pid]
+
+
+async def test_idle_engine_connections_retire(stack: Stack) -> None:
+    """A connection to an engine that would keep it for long is closed by us after a while, and made anew."""
+    await engine_of(stack, "patient")
+    [gateway] = stack.gateways()
+    status = await stack.status()
+    [port] = [i["port"] for i in status["instances"] if i["model"] == "patient" and i["state"] == "ready"]
+
+    def connections() -> int:
+        found = gateway.net_connections()
+        return sum(c.status == psutil.CONN_ESTABLISHED and c.raddr[1:] == (port,) for c in found)
+
+    assert connections() == 1
+    await until(lambda: connections() == 0, "the idle connection is closed")
+    assert (await send(stack, post(chat("patient")))).status == 200
+
+
+async def test_drain_that_takes_too_long(tmp_path: Path) -> None:
+    """What still runs when a drain's time is over ends with a retryable error: an event in a stream, else a status."""
+    scheduling = {"max_wait": 0.3, "drain_timeout": 0.3, "on_drain_timeout": "abort"}
+    async with stack_of(tmp_path, {}, scheduling=scheduling) as short:
+        url = await engine_of(short, "mistral")
+        async with wire(short) as stream, wire(short) as silent:
+            await stream.send(post(chat("mistral", stream=True, sim={"hang": "stream"})))
+            await silent.send(post(chat("mistral", stream=True, sim={"hang": "first_byte"})))
+            await counted(url, "running", 2)
+            assert (await send(short, post(chat("coder")))).status == 200
+            answer = await stream.answer()
+            assert (answer.status, answer.whole, answer.end) == (200, False, "closed")
+            error = answer.data[-1]["error"]
+            assert (error["code"], error["status"]) == ("drain_aborted", 503)
+            assert error["retry_after_ms"] > 0
+            answer = await silent.answer()
+            assert (answer.status, answer.error["code"]) == (503, "drain_aborted")
+            assert_retry_hints(answer)
+        await short.settled()
+        short.assert_never_overlapped()
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])

@@ -36,8 +36,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 async def absent(stack: Stack) -> str:
     """Return a model that isn't resident, so that requests for it have to wait."""
-    current = (await stack.get("/status"))["current"]
-    return next(model for model in MODELS if model not in current)
+    current = (await stack.get("/status"))["current_model"]
+    return next(model for model in MODELS if model != current)
 
 
 def assert_comments(answer: Answer) -> None:

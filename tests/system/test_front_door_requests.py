@@ -333,5 +333,5 @@ async def test_models_health_and_status(stack: Stack) -> None:
     assert health["gateway"]["status"] == "ok"
     assert health["orchestrator"]["connected"] is True
     assert health["instances"] == [{"model": "mistral", "state": "ready", "resident": True}]
-    assert (await stack.get("/status"))["current"] == ["mistral"]
+    assert (await stack.get("/status"))["current_model"] == "mistral"
     assert len((await stack.status())["last_swaps"]) == swaps
