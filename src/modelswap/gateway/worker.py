@@ -54,7 +54,8 @@ class Worker:
         gateway = config.gateway
         self.config = config
         self.loop = asyncio.get_running_loop()
-        self.admission = Admission(f"{worker}-{os.getpid()}-{secrets.token_hex(4)}")
+        # The same for the next process in this place: its hello ends all doubt about what this one may still send.
+        self.admission = Admission(f"{socket.gethostname()}:{gateway.port}:{worker}")
         self.metrics = Metrics(metrics_folder)
         self.max_body = int(gateway.max_body)
         self.max_headers = int(gateway.max_headers)
