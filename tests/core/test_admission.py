@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import pytest
+
 from modelswap.core.admission import (
     Abort,
     Admission,
@@ -296,9 +298,20 @@ def test_unknown_models_and_full_queues_are_refused_locally() -> None:
     wait(admission)
     refusal = admission.wait("a", 0.0, 0.0, 0)
     assert isinstance(refusal, Refuse)
-    assert refusal.code == "queue_full"
+    assert (refusal.code, refusal.retry_after_ms) == ("queue_full", 5_000)
     too_big = gateway().wait("a", 0.0, 0.0, 2000)
     assert isinstance(too_big, Refuse)
+
+
+@pytest.mark.parametrize(("eta", "retry"), [(30_000, 30_000), (0, 1_000), (10**9, 120_000), (None, 5_000)])
+def test_a_full_queue_says_when_to_come_back(eta: int | None, retry: int) -> None:
+    """By what the orchestrator measured and told of the model, within reason."""
+    admission = gateway(requests=1)
+    wait(admission)
+    admission.receive(Progress(model="a", stage="loading", eta_ms=eta), 0.0)
+    refusal = admission.wait("a", 0.0, 0.0, 0)
+    assert isinstance(refusal, Refuse)
+    assert refusal.retry_after_ms == retry
 
 
 def test_requests_before_the_first_catalog_are_routed_again() -> None:

@@ -38,6 +38,8 @@ from modelswap.protocol.messages import (
 
 TICK: Final = 1.0
 """How often the shell must call `Admission.tick`, in seconds (more often if a third of the term is shorter)."""
+_SOONEST_MS: Final = 1_000
+_LATEST_MS: Final = 120_000
 
 
 class LeaseState(StrEnum):
@@ -216,7 +218,9 @@ class Admission:
             limits = self.catalog.limits
             full = len(self._tickets) >= limits.queue_requests or self._waiting_bytes + size > limits.queue_bytes
             if full and not first:
-                return _refusal(id_, Code.QUEUE_FULL, f"{len(self._tickets)} requests wait already; come back later")
+                told = self._progress.get(found.name)
+                message = f"{len(self._tickets)} requests wait already; come back later"
+                return _refusal(id_, Code.QUEUE_FULL, message, None if told is None else told.eta_ms)
         self._next_ticket += 1
         ticket = Ticket(id_, name, model, since, size)
         self._tickets[id_] = ticket
@@ -515,13 +519,14 @@ class Admission:
             self._out.append(Reject(ticket.id, _refusal(ticket.id, Code.QUEUE_TIMEOUT, message)))
 
 
-def _refusal(ticket: int, code: Code, message: str) -> Refuse:
+def _refusal(ticket: int, code: Code, message: str, eta_ms: int | None = None) -> Refuse:
+    """Return a refusal of our own; ``eta_ms`` is when there may be room, where that is known."""
     outcome = OUTCOMES[code]
     return Refuse(
         ticket=ticket,
         status=outcome.status,
         code=code,
         message=message,
-        retry_after_ms=outcome.retry_after_ms,
+        retry_after_ms=outcome.retry_after_ms if eta_ms is None else min(max(eta_ms, _SOONEST_MS), _LATEST_MS),
         should_retry=outcome.should_retry,
     )
