@@ -29,6 +29,7 @@ MAX_ENGINE_ERROR: Final = 1024 * 1024
 """How much of an engine's response is kept to be made an event of."""
 _ATTEMPTS: Final = 2
 _REQUEST: Final = b"%b%bcontent-length: %d\r\nx-request-id: %b\r\n\r\n%b"
+_RESPONSE: Final = b"%bcontent-length: %d\r\nx-request-id: %b\r\n\r\n%b"
 _COPIED: Final = 32768
 """A body smaller than this many bytes is copied behind its head, so that both go out in one piece."""
 _CONNECTION_CLOSE: Final = b"connection: close\r\n"
@@ -317,7 +318,7 @@ class Exchange:
         status = self.status = head.status
         self._phase = _RAW
         if length >= 0 and client.keep_alive and status != 204:
-            return b"%bcontent-length: %d\r\nx-request-id: %b\r\n\r\n" % (head.kept, length, self.request_id)
+            return _RESPONSE % (head.kept, length, self.request_id, b"")
         framing = b""
         if length >= 0:
             framing = b"" if status == 204 else b"content-length: %d\r\n" % length
@@ -333,6 +334,31 @@ class Exchange:
             return out
         client.write(out)
         return None
+
+    def whole(self, head: ResponseHead, body: bytes, upstream: Upstream) -> bool:
+        """Pass on a response that has come all at once, and finish; False if it is not as simple as that.
+
+        The usual end of a request that isn't streamed, in one step instead of `begin` and `complete`.
+        """
+        client = self.client
+        lease = self.lease
+        if self._phase != _BEFORE or not client.keep_alive or lease is None:
+            return False
+        now = monotonic()
+        client.transport.write(_RESPONSE % (head.kept, len(body), self.request_id, body))
+        self._upstream = None
+        self._phase = _OVER
+        upstream.release(head.reusable, now)
+        self.lease = None
+        worker = self._worker
+        admission = worker.admission
+        admission.leave(lease, now)
+        seconds = now - self.since
+        worker.metrics.series(lease.model, self._route.label).relayed(head.status, seconds, seconds)
+        if admission.pending:
+            worker.pump()
+        client.over(now)
+        return True
 
     def payload(self, data: bytes) -> None:
         """Pass on what the response's body carries."""

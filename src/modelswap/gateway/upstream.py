@@ -97,6 +97,28 @@ class Upstream(asyncio.Protocol):
             if not self.lost:
                 self.transport.resume_reading()
 
+    def release(self, keep: float | None, now: float) -> None:
+        """Keep the connection for another request for ``keep`` seconds, if that can be; else close it.
+
+        It must have been given its whole response.
+        """
+        self._exchange = None
+        self._mode = _IDLE
+        self._raw = None
+        if self._paused:
+            self.resume()
+        if self._large:
+            self._large = False
+            if self.transport.get_write_buffer_size():
+                keep = None  # it answered without having taken the whole request
+        pool = self._pool
+        if keep is not None and pool.lease.state is _OPEN and not self.lost:
+            self.fresh = False
+            self.idle_until = now + keep
+            pool.idle.append(self)
+        else:
+            self.drop()
+
     def drop(self) -> None:
         """Close at once; nothing is heard of this connection any more."""
         self._exchange = None
@@ -182,7 +204,11 @@ class Upstream(asyncio.Protocol):
                 digits = data[at:stop]
                 length = LENGTHS.get(digits) or number(digits)
                 if length >= 0 and data.startswith(suffix, stop):
-                    self._begin(self._like_head, length, data[stop + suffix_size :])
+                    head = self._like_head
+                    rest = data[stop + suffix_size :]
+                    exchange = self._exchange
+                    if len(rest) != length or exchange is None or not exchange.whole(head, rest, self):
+                        self._begin(head, length, rest)
                     return
         if self._buffer:
             data = self._buffer + data
@@ -286,25 +312,9 @@ class Upstream(asyncio.Protocol):
 
     def _finish(self, now: float) -> None:
         exchange = self._exchange
-        if exchange is None:
-            return
-        self._exchange = None
-        self._mode = _IDLE
-        self._raw = None
-        if self._paused:
-            self.resume()
-        if self._large:
-            self._large = False
-            if self.transport.get_write_buffer_size():
-                self._keep = None  # it answered without having taken the whole request
-        pool = self._pool
-        if self._keep is not None and pool.lease.state is _OPEN and not self.lost:
-            self.fresh = False
-            self.idle_until = now + self._keep
-            pool.idle.append(self)
-        else:
-            self.drop()
-        exchange.complete(now)
+        if exchange is not None:
+            self.release(self._keep, now)
+            exchange.complete(now)
 
     def _refuse(self, reason: str) -> None:
         exchange = self._exchange
