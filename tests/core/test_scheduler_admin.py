@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from modelswap.core import effects, events
 from modelswap.protocol.messages import Close, Epoch, HeldLease, Open, Refuse, Usage, Want
 from tests.core.scheduling import Bench, model, of, said
@@ -202,3 +204,18 @@ def test_shutdown_of_nothing_finishes_at_once() -> None:
     """With nothing running a shutdown is done at once."""
     bench = Bench()
     assert of(bench.handle(events.Shutdown(at=bench.now)), effects.Finished)
+
+
+def test_measured_times_of_earlier_runs_count() -> None:
+    """A model's swap time from before a restart sets its residency from the start."""
+    known = msgspec.structs.replace(model("a"), swap_seconds=10.0)
+    bench = Bench(known, model("b"), begin=False)
+    bench.handle(
+        events.Adopted(at=bench.now, instance="a.0.5", model="a", definition="v1", host="127.0.0.1", port=9, slots=4)
+    )
+    bench.handle(events.Begin(at=bench.now))
+    bench.hello()
+    bench.want("b", 1)
+    bench.after(1.9)
+    assert bench.state("a") == "ready"
+    assert next(m.swap_seconds for m in bench.scheduler.snapshot(bench.now).models if m.name == "a") == 10.0

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from modelswap.core import effects, events, invariants, leasing, swapping, views, waiting
+from modelswap.core.estimates import Average
 from modelswap.core.facts import DeviceFacts
 from modelswap.core.policy import GateFloor, Policy
 from modelswap.core.snapshot import Snapshot
@@ -105,7 +106,7 @@ class Scheduler:
                 devices[name] = DeviceFacts(name, facts.demand)
             old = before.get(facts.name)
             slots_before = old.facts.slots if old is not None else 0
-            model = ModelRecord(facts=facts, device=name)
+            model = ModelRecord(facts=facts, device=name, swap_time=Average(facts.swap_seconds))
             if old is not None and old.facts.definition == facts.definition:
                 old.facts, old.device, model = facts, name, old
             world.models[facts.name] = model

@@ -40,22 +40,23 @@ class Configured:
             names=names,
         )
 
-    def configure(self, at: float) -> Configure:
-        """Return the event that tells the scheduler."""
+    def configure(self, at: float, measured: Callable[[str], float | None] = lambda _: None) -> Configure:
+        """Return the event that tells the scheduler; ``measured`` gives a model's swap time of earlier runs."""
         return Configure(
             at=at,
-            models=tuple(self._model(name, model) for name, model in self.config.models.items()),
+            models=tuple(self._model(name, model, measured(name)) for name, model in self.config.models.items()),
             devices=(DeviceFacts(DEVICE),),
             settings=_settings(self.config),
         )
 
-    def _model(self, name: str, model: Model) -> ModelFacts:
+    def _model(self, name: str, model: Model, swap_seconds: float | None) -> ModelFacts:
         engine = self.engines[name]
         return ModelFacts(
             name=name,
             definition=self.definitions[name],
             device=DEVICE if model.device == "gpu" else None,
             slots=model.concurrency or engine.slots(model),
+            swap_seconds=swap_seconds,
             priority=model.priority,
             listing=CatalogModel(
                 name=name,

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
-from modelswap.core.swap import SwapOutcome, SwapRecord
+from modelswap.core.swap import Phase, SwapOutcome, SwapRecord
 from modelswap.orchestrator.store import Store
 
 _SHOWN: Final = 50
@@ -45,14 +45,20 @@ class History:
         if record.outcome is SwapOutcome.OK and record.target is not None:
             count, mean, _ = self._timings.get((record.target, record.mechanism), (0, 0.0, 0.0))
             count += 1
-            mean += (record.seconds - mean) / count
-            self._timings[record.target, record.mechanism] = (count, mean, record.seconds)
-            row = (record.target, record.mechanism, count, mean, record.seconds)
+            # Draining is other requests' time, and says nothing about this model.
+            taken = record.seconds - record.phases.get(Phase.DRAIN, 0.0)
+            mean += (taken - mean) / count
+            self._timings[record.target, record.mechanism] = (count, mean, taken)
+            row = (record.target, record.mechanism, count, mean, taken)
             self._store.send(("insert or replace into timings values (?, ?, ?, ?, ?)", row))
 
     def swaps(self) -> list[dict[str, Any]]:
         """Return the last swaps as plain data, newest first; ``at`` in Unix seconds."""
         return [{"at": at, **msgspec.to_builtins(record)} for at, record in self._swaps]
+
+    def swap_seconds(self, model: str) -> float | None:
+        """Return what bringing a model in took last, in seconds; None if it never was."""
+        return min((last for (name, _), (_, _, last) in self._timings.items() if name == model), default=None)
 
     def timings(self) -> list[dict[str, Any]]:
         """Return the measured times of bringing models in, in seconds."""

@@ -150,7 +150,7 @@ class Service:
                 applied.set()
                 return True
 
-            self.shell.post(after.configure(self.clock()), still=apply)
+            self.shell.post(after.configure(self.clock(), self.history.swap_seconds), still=apply)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_APPLIED_WITHIN):
                     await applied.wait()
@@ -185,7 +185,7 @@ class Service:
         for instance in self.journal.entries.keys() - keep:
             self.journal.forget(instance)
         expected = self.journal.gateways
-        self.post(self.configured.configure(self.clock()))
+        self.post(self.configured.configure(self.clock(), self.history.swap_seconds))
         for adopted in found.adopted:
             self._adopt(adopted)
         self.post(events.Begin(at=self.clock(), expected=expected))
