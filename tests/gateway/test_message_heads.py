@@ -180,9 +180,9 @@ def test_likeness_is_all_but_the_length(name: str, one: int, other: int, lines: 
     """Two heads that differ in their length alone are alike, and around it nothing is left out."""
     lines.insert(at, f"{name}{one}")
     raw = _request("Host: a", *lines)
-    prefix, at, suffix, size = likeness(raw)
+    prefix, at, end, suffix, size = likeness(raw)
     assert prefix + str(one).encode() + suffix == raw
-    assert (at, size) == (len(prefix), len(suffix))
+    assert (at, end, size) == (len(prefix), len(raw) - len(suffix), len(suffix))
     again, length = read_request(prefix + str(other).encode() + suffix)
     assert length == other
     assert again.kept == read_request(raw)[0].kept

@@ -119,9 +119,9 @@ class ResponseHead:
         return self.content_type.startswith(b"text/event-stream") and not self.encoded
 
 
-Likeness = tuple[bytes, int, bytes, int]
-"""A head but for its body's length: what comes before that number and how much that is, what comes after it and how
-much that is.
+Likeness = tuple[bytes, int, int, bytes, int]
+"""A head but for its body's length: what comes before that number, where the number begins and ended in the head this
+was made from, what comes after it, and how much that is.
 
 A client sends the same head again and again on its connection but for that number, and an engine does within a second:
 what starts with the one and goes on, after a number, with the other needs no parsing.
@@ -139,7 +139,7 @@ def likeness(raw: bytes) -> Likeness:
     end = at
     while raw[end : end + 1].isdigit():
         end += 1
-    return raw[:at], at, raw[end:], len(raw) - end
+    return raw[:at], at, end, raw[end:], len(raw) - end
 
 
 def number(digits: bytes) -> int:

@@ -109,14 +109,15 @@ class Client(asyncio.Protocol):
         state = self._state
         if state == _IDLE and not self.write_paused:
             if self._like is not None:
-                prefix, at, suffix, suffix_size = self._like
-                if data.startswith(prefix):
-                    stop = data.find(b"\r", at, at + 19)
+                prefix, at, stop, suffix, suffix_size = self._like
+                if data.startswith(prefix) and (
+                    data.startswith(suffix, stop) or data.startswith(suffix, stop := data.find(b"\r", at, at + 19))
+                ):
                     digits = data[at:stop]
                     length = LENGTHS.get(digits) or number(digits)
                     start = stop + suffix_size
                     worker = self._worker
-                    if start + length == len(data) and length <= worker.max_body and data.startswith(suffix, stop):
+                    if start + length == len(data) and 0 <= length <= worker.max_body:
                         head = self._like_head
                         self._request_id = b"%b%x" % (worker.request_prefix, next(worker.request_numbers))
                         self.keep_alive = head.keep_alive

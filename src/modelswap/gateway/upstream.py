@@ -198,12 +198,13 @@ class Upstream(asyncio.Protocol):
 
     def _head(self, data: bytes) -> None:
         if self._like is not None and not self._buffer:
-            prefix, at, suffix, suffix_size = self._like
-            if data.startswith(prefix):
-                stop = data.find(b"\r", at, at + 19)
+            prefix, at, stop, suffix, suffix_size = self._like
+            if data.startswith(prefix) and (
+                data.startswith(suffix, stop) or data.startswith(suffix, stop := data.find(b"\r", at, at + 19))
+            ):
                 digits = data[at:stop]
                 length = LENGTHS.get(digits) or number(digits)
-                if length >= 0 and data.startswith(suffix, stop):
+                if length >= 0:
                     head = self._like_head
                     rest = data[stop + suffix_size :]
                     exchange = self._exchange
