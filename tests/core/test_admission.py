@@ -368,3 +368,13 @@ def test_progress_and_positions() -> None:
     assert told is not None
     assert told.stage == "loading"
     assert admission.progress(99) == (0, None)
+
+
+def test_requeued_requests_keep_their_order() -> None:
+    """Requests whose engine died come back in the order in which they came, whatever order their ends were seen in."""
+    admission = gateway()
+    late = wait(admission, at=3.0)
+    second = wait(admission, at=2.0, first=True)
+    oldest = wait(admission, at=1.0, first=True)
+    admission.receive(opened(slots=3), 4.0)
+    assert [a.ticket for a in of(admission.take(), Admit)] == [oldest, second, late]

@@ -227,7 +227,8 @@ class Admission:
         line = self._lines.setdefault(model, OrderedDict())
         line[id_] = ticket
         if first:
-            line.move_to_end(id_, last=False)
+            # Several may come back at once, last one first: they keep the order in which they came.
+            self._lines[model] = OrderedDict(sorted(line.items(), key=lambda item: (item[1].since, item[0] != id_)))
         self._waiting_bytes += size
         if model is not None:
             self._say(self._want(ticket, now))
