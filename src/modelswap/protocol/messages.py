@@ -138,8 +138,8 @@ class CatalogModel(msgspec.Struct, frozen=True, kw_only=True):
     """What a gateway must know of a configured model.
 
     ``upstream_name`` is what the engine calls the model; None if it knows our name and all aliases, so that requests go
-    out unchanged. ``adapters`` are names that route here and are never rewritten. ``beside``: it needs no device, and is
-    never the current model. ``state`` is the instance's state.
+    out unchanged. ``adapters`` are names that route here and are never rewritten. ``beside``: it needs no device, and
+    is never the current model. ``state`` is the instance's state.
     """
 
     name: str
