@@ -6,19 +6,9 @@ from typing import TypeVar
 
 import pytest
 
-from modelswap.core.admission import (
-    Abort,
-    Admission,
-    Admit,
-    CloseIdle,
-    Lease,
-    Outgoing,
-    Reconnect,
-    Reject,
-    Reroute,
-    Say,
-    Told,
-)
+from modelswap.core.admission import Admission
+from modelswap.core.held import Lease
+from modelswap.core.outgoing import Abort, Admit, CloseIdle, Outgoing, Reconnect, Reject, Reroute, Say, Told
 from modelswap.protocol.messages import (
     Admitted,
     Catalog,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from modelswap.core import effects, events
-from modelswap.core.admission import Admission, Admit, Reconnect
+from modelswap.core.admission import Admission
+from modelswap.core.outgoing import Admit, Reconnect
 from modelswap.protocol.messages import (
     Catalog,
     CatalogModel,

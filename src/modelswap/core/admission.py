@@ -8,11 +8,10 @@ done in that order. Time is the shell's monotonic clock in seconds; it must go o
 from __future__ import annotations
 
 from collections import OrderedDict
-from enum import StrEnum
 from typing import Final
 
-import msgspec
-
+from modelswap.core.held import Lease, LeaseState, Ticket
+from modelswap.core.outgoing import Abort, Admit, CloseIdle, Outgoing, Reconnect, Reject, Reroute, Say, Told
 from modelswap.protocol.errors import OUTCOMES, Code
 from modelswap.protocol.messages import (
     Admitted,
@@ -40,118 +39,6 @@ TICK: Final = 1.0
 """How often the shell must call `Admission.tick`, in seconds (more often if a third of the term is shorter)."""
 _SOONEST_MS: Final = 1_000
 _LATEST_MS: Final = 120_000
-
-
-class LeaseState(StrEnum):
-    """Where a lease is in its life at the gateway."""
-
-    OPEN = "open"
-    SUSPENDED = "suspended"
-    """Admits nothing until an `Open` confirms it: after a fault, or after this process was paused too long."""
-    CLOSING = "closing"
-
-
-class Lease:
-    """Permission to send a model's requests to one address, ``slots`` at once. Mutable; owned by `Admission`."""
-
-    __slots__ = (
-        "address",
-        "api_key",
-        "dirty",
-        "epoch",
-        "faults",
-        "idle_since",
-        "in_flight",
-        "model",
-        "revision",
-        "served",
-        "slots",
-        "state",
-    )
-
-    def __init__(self, opened: Open, now: float) -> None:
-        self.model = opened.model
-        self.epoch = opened.epoch
-        self.address = (opened.host, opened.port)
-        self.api_key = opened.api_key
-        self.slots = opened.slots
-        self.revision = opened.revision
-        self.faults = 0
-        self.in_flight = 0
-        self.served = 0
-        self.idle_since = now
-        self.dirty = False
-        self.state = LeaseState.OPEN
-
-    def __repr__(self) -> str:
-        return f"<Lease {self.model} {self.epoch} {self.state} {self.in_flight}/{self.slots}>"
-
-
-class Ticket:
-    """One waiting request. ``model`` is None until there is a catalog to look its ``name`` up in."""
-
-    __slots__ = ("bytes", "id", "model", "name", "since")
-
-    def __init__(self, id_: int, name: str, model: str | None, since: float, size: int) -> None:
-        self.id = id_
-        self.name = name
-        self.model = model
-        self.since = since
-        self.bytes = size
-
-
-# ── what the shell is to do ──────────────────────────────────────────────────────────────────────────────
-
-
-class Say(msgspec.Struct, frozen=True):
-    """Send a message to the orchestrator."""
-
-    message: GatewayMessage
-
-
-class Admit(msgspec.Struct, frozen=True):
-    """Send this waiting request upstream; it already counts as running under ``lease``."""
-
-    ticket: int
-    lease: Lease
-
-
-class Reject(msgspec.Struct, frozen=True):
-    """Answer this waiting request with an error."""
-
-    ticket: int
-    refusal: Refuse
-
-
-class Reroute(msgspec.Struct, frozen=True):
-    """The first catalog is here: look this request's model up again; its ticket is void."""
-
-    ticket: int
-
-
-class CloseIdle(msgspec.Struct, frozen=True):
-    """Close the idle upstream connections of this lease, and pool no more of them."""
-
-    lease: Lease
-
-
-class Abort(msgspec.Struct, frozen=True):
-    """End what still runs under this lease with `Code.DRAIN_ABORTED`; each then calls `Admission.leave`."""
-
-    lease: Lease
-
-
-class Reconnect(msgspec.Struct, frozen=True):
-    """Close the connection to the orchestrator and make a new one: our process was paused too long."""
-
-
-class Told(msgspec.Struct, frozen=True):
-    """The waiting requests of ``model`` have moved on; see `Admission.progress`."""
-
-    model: str
-
-
-Outgoing = Say | Admit | Reject | Reroute | CloseIdle | Abort | Reconnect | Told
 
 
 class Admission:

@@ -6,7 +6,7 @@ import asyncio
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
-from modelswap.core.admission import Lease, LeaseState
+from modelswap.core.held import Lease, LeaseState
 from modelswap.gateway import chunked, headers, progress
 from modelswap.gateway.body import replace_model
 from modelswap.gateway.headers import CHUNKED, RequestHead, ResponseHead

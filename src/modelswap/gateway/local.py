@@ -7,7 +7,7 @@ from urllib.parse import unquote_to_bytes
 
 import msgspec
 
-from modelswap.core.admission import LeaseState
+from modelswap.core.held import LeaseState
 from modelswap.gateway import metrics, routes
 from modelswap.protocol import errors
 from modelswap.protocol.errors import OUTCOMES, Code

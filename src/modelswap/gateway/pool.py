@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Final
 
-from modelswap.core.admission import Lease
+from modelswap.core.held import Lease
 from modelswap.gateway.metrics import CONNECTS
 from modelswap.gateway.upstream import Upstream
 

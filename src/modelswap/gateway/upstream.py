@@ -10,7 +10,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Final, cast
 
-from modelswap.core.admission import LeaseState
+from modelswap.core.held import LeaseState
 from modelswap.gateway.chunked import BadChunk, ChunkScanner
 from modelswap.gateway.headers import CHUNKED, LENGTHS, BadHead, Likeness, ResponseHead, likeness, number, read_response
 

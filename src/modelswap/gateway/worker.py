@@ -15,20 +15,9 @@ from typing import Any, Final
 
 import structlog
 
-from modelswap.core.admission import (
-    TICK,
-    Abort,
-    Admission,
-    Admit,
-    CloseIdle,
-    Lease,
-    Outgoing,
-    Reconnect,
-    Reject,
-    Reroute,
-    Say,
-    Told,
-)
+from modelswap.core.admission import TICK, Admission
+from modelswap.core.held import Lease
+from modelswap.core.outgoing import Abort, Admit, CloseIdle, Outgoing, Reconnect, Reject, Reroute, Say, Told
 from modelswap.gateway.exchange import Exchange
 from modelswap.gateway.http1 import Client
 from modelswap.gateway.link import Link

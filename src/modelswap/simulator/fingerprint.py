@@ -10,7 +10,7 @@ from collections.abc import Hashable
 from typing import Any, Final
 
 from modelswap.core import leases as core_leases
-from modelswap.core.admission import Lease
+from modelswap.core.held import Lease
 from modelswap.core.world import Instance, World
 from modelswap.protocol.messages import (
     Admitted,

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from modelswap.core.admission import (
-    TICK,
-    Abort,
-    Admission,
-    Admit,
-    Lease,
-    Outgoing,
-    Reconnect,
-    Reject,
-    Reroute,
-    Say,
-)
+from modelswap.core.admission import TICK, Admission
+from modelswap.core.held import Lease
+from modelswap.core.outgoing import Abort, Admit, Outgoing, Reconnect, Reject, Reroute, Say
 from modelswap.protocol.errors import Code
 from modelswap.protocol.messages import OrchestratorMessage, Refuse
 from modelswap.simulator.links import Link, Observer
