@@ -19,6 +19,7 @@ class SteppedPipeline:
     def __init__(self, tokens: int = 3) -> None:
         self.tokens = tokens
         self.permits = threading.Semaphore(0)
+        self.asked = 0
         self.begun: list[str] = []
         self.ended: list[str] = []
         self.failure: Exception | None = None
@@ -29,6 +30,7 @@ class SteppedPipeline:
         count = 0
         try:
             for count in range(1, self.tokens + 1):
+                self.asked += 1
                 assert self.permits.acquire(timeout=PATIENCE)
                 if self.failure:
                     raise self.failure
@@ -101,7 +103,7 @@ async def test_cancelled_while_running_stops_at_the_next_token(worker: Worker, p
     first, pieces = start(worker, "a")
     second, _ = start(worker, "b")
     pipeline.permits.release()
-    await until(lambda: bool(pieces))
+    await until(lambda: bool(pieces) and pipeline.asked == 2)
     first.cancel()
     await settle()
     assert pipeline.begun == ["a"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sqlite3
 import sys
@@ -95,7 +96,8 @@ async def test_a_killed_stack_is_waited_for_once(tmp_path: Path) -> None:
         assert [one.pid for one in stack.engines()] == [engine.pid]
 
         def journalled() -> list[str]:
-            with sqlite3.connect(f"file:{stack.state_dir / 'modelswap.db'}?mode=ro", uri=True) as db:
+            path = f"file:{stack.state_dir / 'modelswap.db'}?mode=ro"
+            with contextlib.closing(sqlite3.connect(path, uri=True)) as db:
                 return [row[0] for row in db.execute("select gateway from gateways")]
 
         await until(lambda: len(journalled()) == 1, "the gateways before are forgotten after a term")
