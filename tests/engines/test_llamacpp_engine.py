@@ -89,7 +89,7 @@ def test_the_key_is_in_the_environment() -> None:
     """The key is never an argument."""
     launch = LlamaCpp().launch("ours", model(api_key="k3y", env={"A": "b"}), ADDRESS)
     assert launch.env == {"A": "b", "LLAMA_API_KEY": "k3y"}
-    assert LlamaCpp().upstream_name("ours", model()) is None  # type: ignore[func-returns-value]
+    assert LlamaCpp().upstream_name("ours", model()) is None
     assert LlamaCpp().device_bytes(model(), 1000) is None
 
 

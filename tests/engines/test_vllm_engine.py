@@ -56,7 +56,7 @@ def test_aliases_are_served_names_and_the_key_is_in_the_environment() -> None:
     index = launch.argv.index("--served-model-name")
     assert launch.argv[index : index + 5] == ("--served-model-name", "ours", "a", "b", "--host")
     assert launch.env == {"HF_TOKEN": "t", "VLLM_API_KEY": "k3y"}
-    assert Vllm().upstream_name("ours", given) is None  # type: ignore[func-returns-value]
+    assert Vllm().upstream_name("ours", given) is None
 
 
 def test_it_is_found_on_the_path_the_engine_will_see(tmp_path: Path) -> None:

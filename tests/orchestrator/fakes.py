@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ import aiohttp
 
 from modelswap.core import events
 from modelswap.devices.base import Holder, Reading
-from modelswap.engines.base import Address, Diagnosis, Launch, Readiness
+from modelswap.engines.base import Address, Diagnosis, Launch, Place, Readiness
 from modelswap.orchestrator.facts import Configured
 from modelswap.orchestrator.hosting import Hosted, Outside, engine_session
 from modelswap.orchestrator.journal import Journal
 from modelswap.orchestrator.service import Parts, Service, running
 from modelswap.orchestrator.store import Store
 from modelswap.protocol.errors import ModelswapError
-from modelswap.runtimes.base import Exit, Running, StartOrder, Unkillable
+from modelswap.runtimes.base import Exit, Known, Report, Running, StartOrder, Unkillable
 from modelswap.spec.config import Config, Model
 
 DEADLINE = 30.0
@@ -67,10 +67,13 @@ class FakeEngine:
         self.diagnosis = Diagnosis("it ran out of luck; give it more", permanent=False)
         self.diagnosed: list[tuple[int | None, list[str]]] = []
 
-    def launch(self, name: str, model: Model, address: Address) -> Launch:
+    def launch(self, name: str, model: Model, address: Address, program: Sequence[str] | None = None) -> Launch:
         if self.launch_error is not None:
             raise self.launch_error
         return Launch(tuple(model.command or ()), dict(model.env))
+
+    def port(self) -> int:
+        return 8000
 
     def slots(self, model: Model) -> int:
         return 3
@@ -128,16 +131,45 @@ class FakeRuntime:
         self.listens = True
         self.log = ["first line", "last line"]
         self.rotations = 0
+        self.known: dict[str, Known] = {}
+        self.fetched: list[str] = []
+        self.fetch_gate = asyncio.Event()
+        self.fetch_gate.set()
+        self.fetch_error: ModelswapError | None = None
+        self.created: list[StartOrder] = []
+        self.appearances: asyncio.Queue[Running] = asyncio.Queue()
         self._exits: dict[str, asyncio.Future[Exit]] = {}
         self._sockets: dict[int, socket.socket] = {}
         self._pid = 1000
 
-    async def allocate(self) -> Address:
+    async def configure(self, models: Mapping[str, Known]) -> None:
+        self.known = dict(models)
+
+    async def fetch(self, name: str, spec: Model, report: Report) -> None:
+        self.fetched.append(name)
+        report("pulling", 0.5)
+        await self.fetch_gate.wait()
+        if self.fetch_error is not None:
+            raise self.fetch_error
+
+    async def create(self, order: StartOrder) -> None:
+        self.created.append(order)
+
+    def foreign(self, running: Running) -> bool:
+        return running.instance.startswith("foreign.")
+
+    async def appeared(self) -> Running:
+        return await self.appearances.get()
+
+    def owns(self, pid: int) -> bool:
+        return any(running.pid == pid for running in self.living.values())
+
+    async def allocate(self, spec: Model) -> Place:
         bound = socket.socket()
         bound.bind(("127.0.0.1", 0))
         port = bound.getsockname()[1]
         self._sockets[port] = bound
-        return Address("127.0.0.1", port)
+        return Place(Address("127.0.0.1", port))
 
     async def start(self, order: StartOrder) -> Running:
         self.starting.set()

@@ -16,9 +16,11 @@ from modelswap.runtimes.base import Running, Runtime, StartOrder
 from modelswap.runtimes.portable import PsutilTable
 from modelswap.runtimes.process import ProcessRuntime
 from modelswap.runtimes.processes import ProcessTable
+from modelswap.spec.config import Model
 
 ENGINE = Path(__file__).with_name("engine_script.py")
 DEADLINE = 30.0
+SPEC = Model(engine="custom", command=["stand-in"])
 
 
 class Host:
@@ -41,11 +43,17 @@ class Host:
     def order(self, launch: Launch, address: Address, model: str = "some/model") -> StartOrder:
         """Return an order with an instance id of its own."""
         instance = uuid.uuid4().hex
-        return StartOrder(instance=instance, model=model, definition="digest", launch=launch, address=address)
+        return StartOrder(
+            instance=instance, model=model, definition="digest", spec=SPEC, launch=launch, address=address
+        )
+
+    async def allocate(self) -> Address:
+        """Return an address for a start."""
+        return (await self.runtime.allocate(SPEC)).address
 
     async def start(self, behaviour: str, argument: object = None, model: str = "some/model") -> Running:
         """Start a stand-in engine; its argument is the port if not told otherwise."""
-        address = await self.runtime.allocate()
+        address = await self.allocate()
         launch = self.launch(behaviour, address.port if argument is None else argument)
         return await self.runtime.start(self.order(launch, address, model))
 

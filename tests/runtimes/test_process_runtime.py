@@ -22,17 +22,21 @@ from modelswap.runtimes.base import Exit, Running, StartOrder, Unkillable
 from modelswap.runtimes.portable import PsutilTable
 from modelswap.runtimes.process import ProcessRuntime
 from modelswap.runtimes.procfs import PidfdHandle, ProcfsTable
+from modelswap.spec.config import Model
 
 if TYPE_CHECKING:
     from tests.runtimes.conftest import Host
 
 GRACE = 20.0
 HERE = Path(__file__).parent
+SPEC = Model(engine="custom", command=["stand-in"])
 SOMEWHERE = Address("127.0.0.1", 1)
 
 
 def _order(launch: Launch) -> StartOrder:
-    return StartOrder(instance="one", model="some/model", definition="digest", launch=launch, address=SOMEWHERE)
+    return StartOrder(
+        instance="one", model="some/model", definition="digest", spec=SPEC, launch=launch, address=SOMEWHERE
+    )
 
 
 def _nothing(table: object, pid: int) -> None:
@@ -45,7 +49,7 @@ async def test_an_engine_is_on_its_own(host: Host, monkeypatch: pytest.MonkeyPat
     with (tmp_path / "inheritable").open("w") as file:
         os.set_inheritable(file.fileno(), True)
         launch = msgspec.structs.replace(host.launch("facts", env={"GREETING": "hello"}), cwd=str(tmp_path))
-        order = host.order(launch, await host.runtime.allocate())
+        order = host.order(launch, await host.allocate())
         running = await host.runtime.start(order)
     await host.says(running, "ready")
     lines = await host.runtime.log_tail(running.model, 100)
@@ -191,7 +195,7 @@ async def test_without_a_record_the_oldest_process_is_the_instance(host: Host) -
 
 async def test_a_cancelled_start_leaves_nothing(host: Host) -> None:
     """A start that is cancelled after the spawn ends what it started."""
-    address = await host.runtime.allocate()
+    address = await host.allocate()
     before = set(psutil.Process().children())
     starting = asyncio.create_task(host.runtime.start(host.order(host.launch("obey"), address)))
     await asyncio.sleep(0)

@@ -19,12 +19,21 @@ from modelswap.runtimes.portable import PsutilTable
 from modelswap.runtimes.process import ProcessRuntime
 from modelswap.runtimes.processes import Ids, ProcessTable, system_table
 from modelswap.runtimes.procfs import ProcfsTable
+from modelswap.spec.config import Model
 
+SPEC = Model(engine="custom", command=["stand-in"])
 SOMEWHERE = Address("127.0.0.1", 1)
 
 
 def _order(launch: Launch) -> StartOrder:
-    return StartOrder(instance="one", model="some/model", definition="digest", launch=launch, address=SOMEWHERE)
+    return StartOrder(
+        spec=Model(engine="custom", command=["stand-in"]),
+        instance="one",
+        model="some/model",
+        definition="digest",
+        launch=launch,
+        address=SOMEWHERE,
+    )
 
 
 async def test_births_outlast_a_change_of_the_clock(tmp_path: Path) -> None:

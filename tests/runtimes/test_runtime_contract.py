@@ -119,7 +119,7 @@ async def test_listening_is_told_of_a_child(host: Host) -> None:
 
 async def test_a_stranger_that_listens_is_not_the_instance(host: Host) -> None:
     """A port that someone else holds doesn't count as the instance's."""
-    address = await host.runtime.allocate()
+    address = await host.allocate()
     with socket.create_server((address.host, address.port)):
         running = await host.runtime.start(host.order(host.launch("obey"), address))
         await host.says(running, "ready")
@@ -128,7 +128,7 @@ async def test_a_stranger_that_listens_is_not_the_instance(host: Host) -> None:
 
 async def test_an_unknown_program_fails_to_start_with_a_remedy(host: Host) -> None:
     """A program that isn't there fails at once, is named, and leaves nothing."""
-    order = host.order(Launch(("no-such-program-anywhere",), {}), await host.runtime.allocate())
+    order = host.order(Launch(("no-such-program-anywhere",), {}), await host.allocate())
     with pytest.raises(StartFailed, match="no-such-program-anywhere"):
         await host.runtime.start(order)
     assert await host.runtime.instances() == []
@@ -136,7 +136,7 @@ async def test_an_unknown_program_fails_to_start_with_a_remedy(host: Host) -> No
 
 async def test_addresses_are_loopback_and_differ(host: Host) -> None:
     """Addresses are on loopback, and not the same twice in a row."""
-    addresses = [await host.runtime.allocate() for _ in range(20)]
+    addresses = [await host.allocate() for _ in range(20)]
     assert len(set(addresses)) == 20
     assert {address.host for address in addresses} == {"127.0.0.1"}
 

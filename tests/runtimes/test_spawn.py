@@ -14,12 +14,21 @@ from modelswap.engines.base import Address, Launch
 from modelswap.protocol.errors import Code
 from modelswap.runtimes.base import StartFailed, StartOrder
 from modelswap.runtimes.process import ProcessRuntime
+from modelswap.spec.config import Model
 
+SPEC = Model(engine="custom", command=["stand-in"])
 SOMEWHERE = Address("127.0.0.1", 1)
 
 
 def _order(launch: Launch) -> StartOrder:
-    return StartOrder(instance="one", model="some/model", definition="digest", launch=launch, address=SOMEWHERE)
+    return StartOrder(
+        spec=Model(engine="custom", command=["stand-in"]),
+        instance="one",
+        model="some/model",
+        definition="digest",
+        launch=launch,
+        address=SOMEWHERE,
+    )
 
 
 @pytest.mark.parametrize(

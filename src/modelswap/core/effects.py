@@ -40,6 +40,27 @@ class BringIn(Effect, frozen=True):
     adopted: bool = False
 
 
+class Prepare(Effect, frozen=True):
+    """Make ready all that a start of the model needs and that needs no device: image, weights, container.
+
+    Reports `PrepareStage`, then `Prepared` or `PrepareFailed`. A second one while the first goes on changes nothing.
+    """
+
+    model: str
+    definition: str
+
+
+class TurnAway(Effect, frozen=True):
+    """Stop an instance that somebody else started while its device was another's, and tell; it never counted.
+
+    No start on this device may begin before it has ended.
+    """
+
+    instance: str
+    model: str
+    reason: str
+
+
 class PutOut(Effect, frozen=True):
     """Stop an instance and all that belongs to it, also while it is being brought in (that is then cancelled).
 

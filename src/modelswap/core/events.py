@@ -79,7 +79,8 @@ class BringInFailed(Event, frozen=True):
 
     ``message`` is for clients: the reason, the remedy and the engine's last log lines. ``permanent``: trying again
     would fail again. ``killed``: it was ended from outside (SIGKILL), which says nothing about the model; its waiters
-    are kept for another try.
+    are kept for another try. ``unprepared``: what had been made ready ahead of time is missing again; its waiters are
+    kept while that is mended.
     """
 
     instance: str
@@ -87,6 +88,47 @@ class BringInFailed(Event, frozen=True):
     message: str
     permanent: bool = False
     killed: bool = False
+    unprepared: bool = False
+
+
+class PrepareStage(Event, frozen=True):
+    """Preparing a model made progress; ``fraction`` in 0..1 where it can be known."""
+
+    model: str
+    definition: str
+    stage: str
+    fraction: float | None = None
+
+
+class Prepared(Event, frozen=True):
+    """All that a start of the model needs and that needs no device is there (image, weights, container)."""
+
+    model: str
+    definition: str
+
+
+class PrepareFailed(Event, frozen=True):
+    """A model can't be made ready (no such image, disk full); ``message`` is for clients."""
+
+    model: str
+    definition: str
+    code: Code
+    message: str
+    permanent: bool = False
+
+
+class Appeared(Event, frozen=True):
+    """Somebody else has started an instance of a configured model (``docker start``, compose), and it runs.
+
+    On a free device it is taken up like an adopted start; else it is to go (`effects.TurnAway`).
+    """
+
+    instance: str
+    model: str
+    definition: str
+    host: str
+    port: int
+    slots: int
 
 
 class Died(Event, frozen=True):

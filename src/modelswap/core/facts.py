@@ -13,7 +13,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     ``definition`` changes when a running instance of it would have to be started anew. ``device`` is None for models
     that run beside the others. ``demand`` is what an instance takes of its device's capacity; an exclusive device has
     capacity 1 and every model on it demands 1. ``listing`` is what gateways and clients are told. ``swap_seconds``
-    is what bringing it in took before, if that is known.
+    is what bringing it in took before, if that is known. ``prepare``: it must be made ready before its first swap.
     """
 
     name: str
@@ -24,6 +24,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     demand: int = 1
     swap_seconds: float | None = None
     priority: int = 0
+    prepare: bool = False
 
 
 class DeviceFacts(msgspec.Struct, frozen=True):

@@ -31,6 +31,17 @@ class Launch(msgspec.Struct, frozen=True):
     cwd: str | None = None
 
 
+class Place(msgspec.Struct, frozen=True):
+    """Where an engine is to be started.
+
+    ``address`` is what it must listen at. ``program`` is what the place starts by itself (an image's entrypoint, empty
+    if it has none); None: the engine's program is to be found on this machine.
+    """
+
+    address: Address
+    program: tuple[str, ...] | None = None
+
+
 class Readiness(msgspec.Struct, frozen=True):
     """What an engine said about itself.
 
@@ -66,11 +77,17 @@ class Engine(Protocol):
 
     kind: str
 
-    def launch(self, name: str, model: Model, address: Address) -> Launch:
+    def launch(self, name: str, model: Model, address: Address, program: Sequence[str] | None = None) -> Launch:
         """Return the command line that serves ``model`` under our ``name`` and its aliases at ``address``.
 
-        Raises `modelswap.protocol.errors.ModelswapError` when it can't (a program that isn't installed, say).
+        It begins with ``program`` if that is given (a container image's entrypoint, which may be empty; paths are the
+        container's then), else with a program found on this machine. Raises
+        `modelswap.protocol.errors.ModelswapError` when it can't (a program that isn't installed, say).
         """
+        ...
+
+    def port(self) -> int:
+        """Return the port that containers of this engine listen on if nobody says otherwise."""
         ...
 
     def slots(self, model: Model) -> int:

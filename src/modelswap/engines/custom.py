@@ -14,6 +14,7 @@ from modelswap.engines.programs import folder, placed
 from modelswap.protocol.errors import Code, ModelswapError
 from modelswap.spec.config import Model
 
+_PORT: Final = 8000
 _SLOTS: Final = 4
 _STOP_GRACE: Final = 10.0
 
@@ -23,16 +24,23 @@ class Custom:
 
     kind = "custom"
 
-    def launch(self, name: str, model: Model, address: Address) -> Launch:
-        """Return ``command`` and ``args`` with ``{host}`` and ``{port}`` replaced, also in the values of ``env``."""
-        if not model.command:
+    def launch(self, name: str, model: Model, address: Address, program: Sequence[str] | None = None) -> Launch:
+        """Return ``command`` and ``args`` with ``{host}`` and ``{port}`` replaced, also in the values of ``env``.
+
+        In an image they follow its entrypoint, as compose's ``command`` does.
+        """
+        if not model.command and not program:
             raise ModelswapError(f"models.{name}: engine 'custom' needs a 'command'", code=Code.MODEL_BROKEN)
-        argv = tuple(placed(word, address) for word in (*model.command, *model.args))
+        argv = tuple(placed(word, address) for word in (*(program or ()), *(model.command or ()), *model.args))
         return Launch(argv, {key: placed(value, address) for key, value in model.env.items()}, folder(model))
 
     def slots(self, model: Model) -> int:
         """Return ``concurrency``, by default 4."""
         return model.concurrency or _SLOTS
+
+    def port(self) -> int:
+        """Return 8000; containers of this engine had better say ``port``."""
+        return _PORT
 
     def upstream_name(self, name: str, model: Model) -> str:
         """Return ``model`` if it is given, else our name; aliases are unknown to the server."""

@@ -27,6 +27,7 @@ from modelswap.engines.diagnosis import cause, explain
 from modelswap.engines.programs import NoSuchModel, NotInstalled, folder, local, on_path
 from modelswap.spec.config import Model
 
+_PORT: Final = 8080
 _STOP_GRACE: Final = 5.0
 _LOADING: Final = Readiness(ready=False, stage="loading")
 
@@ -36,9 +37,12 @@ class LlamaCpp:
 
     kind = "llamacpp"
 
-    def launch(self, name: str, model: Model, address: Address) -> Launch:
+    def launch(self, name: str, model: Model, address: Address, program: Sequence[str] | None = None) -> Launch:
         """Return the command line; our options come last, so that they win over the same ones in ``args``."""
-        argv = [*_program(model), *_weights(model.model or "", model), *model.args]
+        if program is None:
+            argv = [*_program(model), *_weights(model.model or "", model), *model.args]
+        else:
+            argv = [*(program or ("llama-server",)), *_weights_inside(model.model or ""), *model.args]
         names = [each for each in (name, *model.aliases) if "," not in each]
         if names:
             argv += ["--alias", ",".join(names)]
@@ -53,8 +57,13 @@ class LlamaCpp:
         given = options.value(model.args, "--parallel", "-np", "--n-parallel")
         return model.concurrency or options.whole(given or model.env.get("LLAMA_ARG_N_PARALLEL")) or 1
 
-    def upstream_name(self, name: str, model: Model) -> None:
-        """Return None: it is started with our name and all aliases."""
+    def port(self) -> int:
+        """Return llama-server's default, 8080."""
+        return _PORT
+
+    def upstream_name(self, name: str, model: Model) -> str | None:
+        """Return None: it is started with our name and all aliases, and answers to any name at all."""
+        return None if model.runtime != "adopted" else model.model or name
 
     def stop_grace(self, model: Model) -> float:
         """Return 5 s by default: it has nothing to save."""
@@ -79,7 +88,7 @@ class LlamaCpp:
             names = await ask.served_names(http, model, address)
         except aiohttp.ClientConnectorError:
             return Readiness(ready=False, stage="starting")
-        return ask.named(names, {name, *model.aliases}, name)
+        return ask.named(names, _known(name, model), name)
 
     async def running(self, http: aiohttp.ClientSession, model: Model, address: Address) -> int | None:
         """Return the requests it works on, and with ``--metrics`` those it has put off, too."""
@@ -129,9 +138,17 @@ def _weights(text: str, model: Model) -> tuple[str, str]:
     return "-hf", text
 
 
+def _weights_inside(text: str) -> tuple[str, str]:
+    return ("-m", text) if text.startswith("/") or text.endswith(".gguf") else ("-hf", text)
+
+
+def _known(name: str, model: Model) -> set[str]:
+    return {name, *model.aliases, *([model.model] if model.runtime == "adopted" and model.model else [])}
+
+
 def _from_props(props: dict[str, Any], name: str, model: Model) -> Readiness:
     alias, slots = props.get("model_alias"), props["total_slots"]
-    ours = {name, *model.aliases}
+    ours = _known(name, model)
     if isinstance(alias, str) and alias and not any("," in each for each in ours) and ours.isdisjoint(alias.split(",")):
         return Readiness(ready=False, problem=f"it serves {alias}, not {name}")
     return Readiness(ready=True, stage="ready", slots=slots if isinstance(slots, int) and slots > 0 else None)

@@ -43,7 +43,7 @@ class OpenVino:
     def __init__(self, env: Mapping[str, str] = os.environ) -> None:
         self._env = env
 
-    def launch(self, name: str, model: Model, address: Address) -> Launch:
+    def launch(self, name: str, model: Model, address: Address, program: Sequence[str] | None = None) -> Launch:
         """Return the command line; our options come last, so that they win over the same ones in ``args``."""
         # Looked for and never imported: it takes 0.2 s and 100 MB.
         if model.program is None and importlib.util.find_spec(_LIBRARY) is None:
@@ -64,6 +64,10 @@ class OpenVino:
     def slots(self, model: Model) -> int:
         """Return 1: it has one thread that generates."""
         return model.concurrency or 1
+
+    def port(self) -> int:
+        """Return 8000."""
+        return 8000
 
     def upstream_name(self, name: str, model: Model) -> None:
         """Return None: it is started with our name and all aliases."""

@@ -33,6 +33,8 @@ from modelswap.engines.programs import NotInstalled, folder, local, on_path
 from modelswap.spec.config import Model
 
 _MODULE: Final = "vllm.entrypoints.openai.api_server"
+_IMAGE_PROGRAM: Final = ("vllm", "serve")
+_PORT: Final = 8000
 _SLOTS: Final = 256
 _SHARE: Final = 0.92
 _STOP_GRACE: Final = 15.0
@@ -43,12 +45,14 @@ class Vllm:
 
     kind = "vllm"
 
-    def launch(self, name: str, model: Model, address: Address) -> Launch:
+    def launch(self, name: str, model: Model, address: Address, program: Sequence[str] | None = None) -> Launch:
         """Return the command line; our options come last, so that they win over the same ones in ``args``."""
-        program = _program(model)
         weights = model.model or ""
-        if (path := local(weights, model)) is not None:
-            weights = str(path)
+        if program is None:
+            program = _program(model)
+            if (path := local(weights, model)) is not None:
+                weights = str(path)
+        program = program or _IMAGE_PROGRAM
         serve = program[-1] == "serve"
         argv = [*program, weights] if serve else [*program, "--model", weights]
         argv += [*model.args, "--served-model-name", name, *model.aliases]
@@ -62,8 +66,13 @@ class Vllm:
         """Return ``--max-num-seqs``, by default 256."""
         return model.concurrency or options.whole(options.value(model.args, "--max-num-seqs")) or _SLOTS
 
-    def upstream_name(self, name: str, model: Model) -> None:
-        """Return None: it is started with our name and all aliases."""
+    def port(self) -> int:
+        """Return vLLM's default, 8000."""
+        return _PORT
+
+    def upstream_name(self, name: str, model: Model) -> str | None:
+        """Return None: it is started with our name and all aliases. Somebody else's container knows ``model``."""
+        return None if model.runtime != "adopted" else model.model or name
 
     def stop_grace(self, model: Model) -> float:
         """Return 15 s by default: it ends running requests at once, then its worker processes."""
@@ -84,7 +93,8 @@ class Vllm:
             names = await ask.served_names(http, model, address)
         except aiohttp.ClientConnectorError:
             return Readiness(ready=False, stage="starting")
-        return ask.named(names, {name}, name)
+        expected = self.upstream_name(name, model) or name
+        return ask.named(names, {expected}, expected)
 
     async def running(self, http: aiohttp.ClientSession, model: Model, address: Address) -> int | None:
         """Return running plus waiting requests from ``/metrics``."""
@@ -96,10 +106,11 @@ class Vllm:
 
     async def canary(self, http: aiohttp.ClientSession, name: str, model: Model, address: Address) -> None:
         """Ask for one token, or for an embedding where ``args`` make it a pooling model."""
+        called = self.upstream_name(name, model) or name
         if _pools(model.args):
-            await ask.canary(http, name, model, address, "embedding")
+            await ask.canary(http, called, model, address, "embedding")
         else:
-            await ask.canary(http, name, model, address, "completion", "chat")
+            await ask.canary(http, called, model, address, "completion", "chat")
 
     def diagnose(self, exit_code: int | None, log: Sequence[str]) -> Diagnosis:
         """Look for the known causes, else for the exception that began it all."""

@@ -15,11 +15,12 @@ import aiohttp
 from pydantic import ByteSize
 
 from modelswap.core import events
-from modelswap.engines.base import Address, CanaryFailed, Diagnosis, Readiness
+from modelswap.engines.base import Address, CanaryFailed, Diagnosis, Engine, Launch, Readiness
 from modelswap.orchestrator.hosting import Hosted, Outside, pause, told
 from modelswap.orchestrator.stopping import stop_grace, stop_surely
 from modelswap.protocol.errors import Code, ModelswapError
 from modelswap.runtimes.base import Exit, Running, StartOrder
+from modelswap.spec.config import Model
 
 POLL_LIMIT: Final = 5.0
 """How long an engine may take to say whether it is ready, in seconds."""
@@ -93,13 +94,9 @@ async def _bring_in(outside: Outside, hosted: Hosted, *, adopted: bool) -> None:
 
 async def _start(outside: Outside, hosted: Hosted) -> None:
     await _check_size(outside, hosted)
-    address = await outside.runtime.allocate()
-    hosted.address = address
-    launch = hosted.engine.launch(hosted.model, hosted.spec, address)
-    order = StartOrder(
-        instance=hosted.instance, model=hosted.model, definition=hosted.definition, launch=launch, address=address
-    )
-    await outside.journal.intend(hosted.instance, hosted.model, hosted.definition, address)
+    order = await order_for(outside, hosted.engine, hosted.instance, hosted.model, hosted.spec, hosted.definition)
+    hosted.address = order.address
+    await outside.journal.intend(hosted.instance, hosted.model, hosted.definition, order.address)
     starting = asyncio.ensure_future(outside.runtime.start(order))
     try:
         running = await asyncio.shield(starting)
@@ -110,6 +107,22 @@ async def _start(outside: Outside, hosted: Hosted) -> None:
             _started(outside, hosted, starting.result())
         raise
     _started(outside, hosted, running)
+
+
+async def order_for(
+    outside: Outside, engine: Engine, instance: str, model: str, spec: Model, definition: str
+) -> StartOrder:
+    """Return what the runtime needs to start an instance, or to make ready for its start."""
+    place = await outside.runtime.allocate(spec)
+    adopted = spec.runtime == "adopted"  # somebody else has said how it is started
+    return StartOrder(
+        instance=instance,
+        model=model,
+        definition=definition,
+        spec=spec,
+        launch=Launch((), {}) if adopted else engine.launch(model, spec, place.address, place.program),
+        address=place.address,
+    )
 
 
 async def _check_size(outside: Outside, hosted: Hosted) -> None:

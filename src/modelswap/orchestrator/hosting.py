@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 
 import aiohttp
 import structlog
@@ -27,18 +26,6 @@ SLOW_PAUSE: Final = 0.25
 SLOW_AFTER: Final = 10.0
 
 _log = structlog.get_logger(__name__)
-
-
-class HostRuntime(Runtime, Protocol):
-    """A runtime that also keeps its house in order."""
-
-    async def sweep(self, keep: set[str]) -> list[str]:
-        """Kill everything that carries our ids but is not of an instance in ``keep``; returns what that was."""
-        ...
-
-    async def rotate(self) -> None:
-        """Rotate the logs that have grown too large."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -65,7 +52,7 @@ class Hosted:
 class Outside:
     """The outside world, as executors see it. ``post`` gives the scheduler an event; ``clock`` is its clock."""
 
-    runtime: HostRuntime
+    runtime: Runtime
     device: Device
     http: aiohttp.ClientSession
     journal: Journal
@@ -74,14 +61,6 @@ class Outside:
     hosted: dict[str, Hosted] = field(default_factory=dict)
     free_when_empty: int | None = None
     """Bytes that were free on the device when it was last verified with nothing of ours on it."""
-
-    def ours(self, pid: int) -> bool:
-        """Return whether a process belongs to an instance: each has a session of its own."""
-        try:
-            session = os.getsid(pid)
-        except OSError:
-            return False
-        return any(hosted.running is not None and hosted.running.pid == session for hosted in self.hosted.values())
 
     async def last_lines(self, hosted: Hosted, lines: int = SHOWN_LINES) -> list[str]:
         """Return an instance's last log lines, without the model's API key; none if they can't be read."""

@@ -67,7 +67,7 @@ async def _until_released(outside: Outside, needed: int | None) -> None:
 
 
 async def _verify(outside: Outside, target: int | None, timeout: float) -> None:
-    reading = await verified_release(outside.device, target, timeout, ours=outside.ours)
+    reading = await verified_release(outside.device, target, timeout, ours=outside.runtime.owns)
     if reading is not None:
         outside.free_when_empty = reading.free
 

@@ -22,7 +22,7 @@ from modelswap.orchestrator.carrying import Carrier
 from modelswap.orchestrator.facts import DEVICE, Configured
 from modelswap.orchestrator.feed import Feed
 from modelswap.orchestrator.history import History
-from modelswap.orchestrator.hosting import Hosted, HostRuntime, Outside, engine_session
+from modelswap.orchestrator.hosting import Hosted, Outside, engine_session
 from modelswap.orchestrator.journal import Journal
 from modelswap.orchestrator.links import Links
 from modelswap.orchestrator.metrics import Metrics
@@ -30,6 +30,7 @@ from modelswap.orchestrator.shell import Shell
 from modelswap.orchestrator.store import Store
 from modelswap.orchestrator.tasks import Tasks
 from modelswap.protocol.errors import Code, ModelswapError
+from modelswap.runtimes.base import Runtime
 from modelswap.spec.config import Config, EngineName
 
 READ_EVERY: Final = 2.0
@@ -43,7 +44,7 @@ _log = structlog.get_logger(__name__)
 class Parts:
     """What an orchestrator is made of; tests give their own. ``load`` reads the config file."""
 
-    runtime: HostRuntime
+    runtime: Runtime
     device: Device
     engine_for: Callable[[EngineName], Engine]
     load: Callable[[Path], Config]

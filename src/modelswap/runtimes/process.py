@@ -11,20 +11,21 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import structlog
 
-from modelswap.engines.base import Address
+from modelswap.engines.base import Address, Place
 from modelswap.runtimes import processes, spawn
-from modelswap.runtimes.base import Exit, Running, StartFailed, StartOrder, Unkillable
+from modelswap.runtimes.base import Exit, Known, Report, Running, StartFailed, StartOrder, Unkillable
 from modelswap.runtimes.logfiles import LogFiles
 from modelswap.runtimes.ports import HOST, Ports
 from modelswap.runtimes.processes import Handle, Ids, ProcessTable
 from modelswap.runtimes.records import Records
+from modelswap.spec.config import Model
 
 _KILL_SECONDS: Final = 5.0
 _REMEMBERED_EXITS: Final = 256
@@ -62,9 +63,18 @@ class ProcessRuntime:
         self._exits: dict[str, Exit] = {}
         self._leftovers: dict[str, list[tuple[int, float]]] = {}
 
-    async def allocate(self) -> Address:
+    async def configure(self, models: Mapping[str, Known]) -> None:
+        """See `Runtime`; processes need no knowledge of other models."""
+
+    async def fetch(self, name: str, spec: Model, report: Report) -> None:
+        """See `Runtime`; what processes are started from is on this machine."""
+
+    async def allocate(self, spec: Model) -> Place:
         """See `Runtime`. Raises `StartFailed` when no port is free."""
-        return Address(HOST, self._ports.take())
+        return Place(Address(HOST, self._ports.take()))
+
+    async def create(self, order: StartOrder) -> None:
+        """See `Runtime`; a process is its start."""
 
     async def start(self, order: StartOrder) -> Running:
         """See `Runtime`."""
@@ -159,6 +169,23 @@ class ProcessRuntime:
         if stuck:
             raise Unkillable(_survived(stuck))
         return swept
+
+    def foreign(self, running: Running) -> bool:
+        """See `Runtime`; an engine that others start carries none of our ids."""
+        return False
+
+    async def appeared(self) -> Running:
+        """See `Runtime`; never returns."""
+        never: asyncio.Future[Running] = asyncio.get_running_loop().create_future()
+        return await never
+
+    def owns(self, pid: int) -> bool:
+        """See `Runtime`: each instance has a session of its own."""
+        try:
+            session = os.getsid(pid)
+        except OSError:
+            return False
+        return session in self._children.values() or any(known.pid == session for known in self._records.all())
 
     async def log_tail(self, model: str, lines: int, instance: str | None = None) -> list[str]:
         """See `Runtime`. Escapes are stripped, and of a progress bar only the last state is left."""

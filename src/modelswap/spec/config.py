@@ -51,6 +51,8 @@ Bytes = Annotated[
 ]
 # YAML has no paths, so these alone are made from text in strict mode.
 Location = Annotated[Path, Field(strict=False), AfterValidator(_at_home)]
+RuntimeName = Literal["process", "adopted", "managed"]
+"""``adopted``: a container that somebody else made; ``managed``: one that we make."""
 EngineName = Literal["vllm", "llamacpp", "openvino", "custom"]
 
 
@@ -77,6 +79,34 @@ class Model(Strict):
     """Environment variables for the engine, on top of the orchestrator's own."""
     cwd: Location | None = None
     """The engine's working directory."""
+    container: str | None = None
+    """An existing container that serves this model: it is started and stopped, never created or removed."""
+    compose_service: str | None = None
+    """Like `container`, found by its compose service (`docker.project` says of which project)."""
+    image: str | None = None
+    """A container image to serve this model from: its container is created, reused and removed by modelswap."""
+    entrypoint: list[str] | None = None
+    """`image` only: runs instead of the image's own entrypoint; the engine's arguments follow."""
+    volumes: list[str] = []
+    """`image` only: mounts, `/host/folder:/folder[:ro]` or `volume:/folder[:ro]`."""
+    gpus: Literal["auto", "all", "none"] | list[str] = "auto"
+    """`image` only: GPUs it sees, by index or UUID. `auto`: the `device` of this file, if Docker can give GPUs."""
+    devices: list[str] = []
+    """`image` only: device files it sees, e.g. `/dev/kfd` and `/dev/dri` for AMD."""
+    shm_size: Bytes | None = None
+    """`image` only: shared memory; tensor parallelism wants some GiB, or `ipc: host`."""
+    ipc: str | None = None
+    """`image` only: IPC namespace, e.g. `host`."""
+    ulimits: dict[str, int] = {}
+    """`image` only: resource limits, e.g. `memlock: -1`."""
+    network: str | None = None
+    """`image` only: the network it joins. Default: `docker.network`."""
+    extra_hosts: list[str] = []
+    """`image` only: more host names, `name:address`."""
+    pull: Literal["missing", "always", "never"] = "missing"
+    """`image` only: when to pull the image; always ahead of time, before anything is put out."""
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Where it listens inside its container. Default: the port it exposes, else the engine's usual one."""
     ready: Annotated[str, Field(pattern="^/")] = "/health"
     """`custom` only: the path that answers 200 when the engine is ready."""
     aliases: list[str] = []
@@ -101,6 +131,13 @@ class Model(Strict):
     """How long the engine may take to stop after SIGTERM before it is killed. Default: by engine."""
     health_interval: Seconds = 10.0
     """How often a ready engine is asked for its health; 0 = never. Three misses in a row mean it hangs."""
+
+    @property
+    def runtime(self) -> RuntimeName:
+        """What hosts it: follows from what is declared."""
+        if self.image is not None:
+            return "managed"
+        return "process" if self.container is None and self.compose_service is None else "adopted"
 
 
 class Gateway(Strict):
@@ -197,6 +234,19 @@ class Device(Strict):
         return self
 
 
+class Docker(Strict):
+    """The Docker Engine that hosts the models with a `container`, a `compose_service` or an `image`."""
+
+    host: str | None = None
+    """Its address, `unix:///path` or `tcp://host:port`. Default: `$DOCKER_HOST`, else `unix:///var/run/docker.sock`."""
+    project: str | None = None
+    """The compose project of `compose_service`. Default: our own, else the only one that has such a service."""
+    network: str | None = None
+    """The network on which we and the engines meet. Default: our own container's; on the host: loopback ports."""
+    hf_cache: str | None = None
+    """Folder or volume mounted as Hugging Face cache into `image` containers. Default: our own `$HF_HOME`."""
+
+
 class Config(Strict):
     """The whole file."""
 
@@ -205,3 +255,4 @@ class Config(Strict):
     orchestrator: Orchestrator = Orchestrator()
     scheduling: Scheduling = Scheduling()
     device: Device = Device()
+    docker: Docker = Docker()
