@@ -33,7 +33,7 @@ check: $(STAMP)  ## format, lint, types, import contract, generated files
 
 unit: $(STAMP)  ## all tests that need no engine of their own
 	@echo "==> pytest with branch coverage"
-	@$(BIN)/pytest -n 4 --dist loadgroup --cov --cov-report=term:skip-covered -q -m "not openvino and not vllm and not llamacpp" $(ARGS)
+	@$(BIN)/pytest -n 4 --dist loadgroup --cov --cov-report=term:skip-covered -q -m "not openvino and not vllm and not llamacpp and not docker" $(ARGS)
 
 format: $(STAMP)  ## format and mend what can be mended
 	@$(BIN)/ruff format src tests bench
