@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from modelswap.core.states import InstanceState
@@ -17,6 +19,24 @@ from modelswap.orchestrator.store import BrokenDatabase, Store
 from modelswap.runtimes.base import Running
 
 ADDRESS = Address("127.0.0.1", 20001)
+CONTAINED = Running(
+    instance="a.1", model="a", definition="digest", address=Address("172.20.0.3", 8000), born=12.5, container="c0ffee"
+)
+FIRST_VERSION = """
+create table meta (key text primary key, value text not null);
+create table instances (
+    instance text primary key, model text not null, definition text not null, host text not null, port integer not null,
+    slots integer not null, state text not null, pid integer not null, born real not null, updated real not null);
+create table gateways (gateway text primary key, seen real not null);
+create table swaps (id integer primary key autoincrement, at real not null, record text not null);
+create table timings (
+    model text not null, mechanism text not null, count integer not null, mean real not null, last real not null,
+    primary key (model, mechanism));
+insert into instances values ('a.1', 'a', 'digest', '127.0.0.1', 20001, 3, 'ready', 41, 1.5, 1.0);
+insert into gateways values ('g1', 1.0);
+pragma user_version=1;
+"""
+"""As the first release wrote it."""
 
 
 def set_aside(folder: Path) -> list[Path]:
@@ -116,6 +136,49 @@ async def test_a_file_of_another_version_is_renamed_aside(tmp_path: Path) -> Non
     db.close()
     store, _ = await opened(tmp_path / "db")
     assert len(set_aside(tmp_path)) == 1
+    await store.close()
+
+
+async def test_a_file_of_the_first_version_is_carried_over(tmp_path: Path) -> None:
+    """Its instances, gateways and swaps are still there, and containers can be noted in it."""
+    path = tmp_path / "db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(FIRST_VERSION)
+    store, journal = await opened(path)
+    assert journal.entries["a.1"].pid == 41 and journal.entries["a.1"].container == ""
+    assert journal.gateways == {"g1"} and not set_aside(tmp_path)
+    journal.started(CONTAINED)
+    await store.close()
+    store, journal = await opened(path)
+    assert journal.entries["a.1"].container == "c0ffee"
+    assert await store.read("pragma user_version") == [(2,)]
+    await store.close()
+
+
+async def test_a_step_that_failed_half_way_is_taken_again(tmp_path: Path) -> None:
+    """The file is either of one version or of the next."""
+    path = tmp_path / "db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(FIRST_VERSION)
+        db.executescript("begin; alter table instances add column container text not null default '';")
+    store, journal = await opened(path)
+    assert "a.1" in journal.entries and not set_aside(tmp_path)
+    await store.close()
+
+
+async def test_what_somebody_else_started_is_noted_with_its_container(tmp_path: Path) -> None:
+    """And found again by the next orchestrator, with the address it was last reached at."""
+    store, journal = await opened(tmp_path / "db")
+    await journal.intend("a.1", "a", "digest", ADDRESS)
+    journal.started(CONTAINED)
+    journal.found(msgspec.structs.replace(CONTAINED, instance="foreign.1"))
+    journal.moved("foreign.1", InstanceState.READY)
+    await store.close()
+    store, journal = await opened(tmp_path / "db")
+    for instance, state in (("a.1", InstanceState.STARTING), ("foreign.1", InstanceState.READY)):
+        entry = journal.entries[instance]
+        assert (entry.container, entry.born, entry.pid, entry.state) == ("c0ffee", 12.5, 0, state)
+        assert entry.address == CONTAINED.address
     await store.close()
 
 

@@ -12,11 +12,16 @@ from modelswap.engines.base import Address
 from modelswap.orchestrator.store import Statement, Store
 from modelswap.runtimes.base import Running
 
-_PUT: Final = "insert or replace into instances values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_READ: Final = "select instance, model, definition, host, port, slots, state, pid, born, container from instances"
+_PUT: Final = (
+    "insert or replace into instances "
+    "(instance, model, definition, host, port, slots, state, pid, born, container, updated) "
+    "values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """An instance as the journal knows it; ``pid`` 0 until its start is known to have happened."""
+    """An instance as the journal knows it; ``pid`` or ``container`` is known once it has been started."""
 
     instance: str
     model: str
@@ -26,6 +31,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     state: InstanceState = InstanceState.STARTING
     pid: int = 0
     born: float = 0.0
+    container: str = ""
 
 
 class Journal:
@@ -42,10 +48,8 @@ class Journal:
         rows = await self._store.read("select value from meta where key = 'generation'")
         before = int(rows[0][0]) if rows and str(rows[0][0]).isdigit() else 0
         generation = max(before + 1, time.time_ns() // 1_000_000)
-        for row in await self._store.read(
-            "select instance, model, definition, host, port, slots, state, pid, born from instances"
-        ):
-            instance, model, definition, host, port, slots, state, pid, born = row
+        for row in await self._store.read(_READ):
+            instance, model, definition, host, port, slots, state, pid, born, container = row
             if state in list(InstanceState):
                 self._entries[instance] = Entry(
                     instance=instance,
@@ -56,6 +60,7 @@ class Journal:
                     state=InstanceState(state),
                     pid=pid,
                     born=born,
+                    container=container,
                 )
         self._gateways = {row[0] for row in await self._store.read("select gateway from gateways")}
         self._unheard = set(self._gateways)
@@ -78,9 +83,29 @@ class Journal:
         self._entries[instance] = entry
         await self._store.write(_row(entry))
 
+    def found(self, running: Running) -> None:
+        """Note an instance that somebody else has started and that we take up."""
+        entry = Entry(
+            instance=running.instance,
+            model=running.model,
+            definition=running.definition,
+            address=running.address,
+            pid=running.pid,
+            born=running.born,
+            container=running.container,
+        )
+        self._entries[entry.instance] = entry
+        self._store.send(_row(entry))
+
     def started(self, running: Running) -> None:
-        """Note an instance's process."""
-        self._change(running.instance, pid=running.pid, born=running.born)
+        """Note an instance's process or container, and where it is reached."""
+        self._change(
+            running.instance,
+            address=running.address,
+            pid=running.pid,
+            born=running.born,
+            container=running.container,
+        )
 
     def opened(self, instance: str, slots: int) -> None:
         """Note how many requests a healthy instance runs at once."""
@@ -137,7 +162,7 @@ class Journal:
 def _row(entry: Entry) -> Statement:
     address = entry.address
     identity = (entry.instance, entry.model, entry.definition, address.host, address.port)
-    return _PUT, (*identity, entry.slots, str(entry.state), entry.pid, entry.born, time.time())
+    return _PUT, (*identity, entry.slots, str(entry.state), entry.pid, entry.born, entry.container, time.time())
 
 
 def _gateway_row(gateway: str) -> Statement:

@@ -26,12 +26,13 @@ _REMEDIES: Final = {
     sqlite3.SQLITE_BUSY: "another program has locked it",
 }
 
-_VERSION: Final = 1
+_VERSION: Final = 2
 _SCHEMA: Final = """
 create table if not exists meta (key text primary key, value text not null);
 create table if not exists instances (
     instance text primary key, model text not null, definition text not null, host text not null, port integer not null,
-    slots integer not null, state text not null, pid integer not null, born real not null, updated real not null);
+    slots integer not null, state text not null, pid integer not null, born real not null, updated real not null,
+    container text not null default '');
 create table if not exists gateways (gateway text primary key, seen real not null);
 create table if not exists swaps (
     id integer primary key autoincrement, at real not null, record text not null);
@@ -39,6 +40,11 @@ create table if not exists timings (
     model text not null, mechanism text not null, count integer not null, mean real not null, last real not null,
     primary key (model, mechanism));
 """
+_STEPS: Final = {
+    # Instances in containers.
+    1: "alter table instances add column container text not null default ''",
+}
+"""How a file of an earlier version becomes one of the next."""
 
 
 class BrokenDatabase(sqlite3.DatabaseError):
@@ -106,10 +112,12 @@ class Store:
             db.execute("pragma journal_mode=wal")
             db.execute("pragma synchronous=normal")  # survives our death; a power cut ends the engines anyway
             version = db.execute("pragma user_version").fetchone()[0]
-            if version not in (0, _VERSION):
+            if version not in (0, _VERSION, *_STEPS):
                 raise BrokenDatabase(f"written by another version of modelswap (its version is {version})")
             if (found := db.execute("pragma quick_check(1)").fetchone()[0]) != "ok":
                 raise BrokenDatabase(str(found))
+            for step in range(version or _VERSION, _VERSION):
+                db.executescript(f"begin; {_STEPS[step]}; pragma user_version={step + 1}; commit;")
             db.executescript(_SCHEMA)
             db.execute(f"pragma user_version={_VERSION}")
         except BaseException:
