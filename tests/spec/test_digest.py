@@ -56,6 +56,58 @@ def test_what_only_we_read_does_not(change: dict[str, Any]) -> None:
     assert definition("a", BASE.model_copy(update=change)) == definition("a", BASE)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image": "vllm:2"},
+        {"entrypoint": ["vllm", "serve"]},
+        {"volumes": ["v1:/x"]},
+        {"gpus": ["0"]},
+        {"gpus": "none"},
+        {"devices": ["/dev/kfd"]},
+        {"shm_size": 5},
+        {"ipc": "host"},
+        {"ulimits": {"memlock": -1}},
+        {"network": "other"},
+        {"extra_hosts": ["a:10.0.0.1"]},
+        {"port": 9000},
+        {"aliases": ["y"]},
+        {"env": {"A": "2"}},
+    ],
+    ids=str,
+)
+def test_what_changes_a_container_of_ours_changes_the_digest(change: dict[str, Any]) -> None:
+    """All that its container is created from counts."""
+    managed = BASE.model_copy(update={"image": "vllm:1"})
+    assert definition("a", managed.model_copy(update=change)) != definition("a", managed)
+
+
+def test_when_an_image_is_pulled_does_not() -> None:
+    """Another ``pull`` fetches at another time, and changes nothing of what runs."""
+    managed = BASE.model_copy(update={"image": "vllm:1"})
+    assert definition("a", managed.model_copy(update={"pull": "always"})) == definition("a", managed)
+
+
+def test_somebody_elses_container_is_only_what_it_is_and_where_it_listens() -> None:
+    """Names are ours alone there; another container, service, port or served name is another engine."""
+    adopted = Model(container="llm-1", model="org/m", aliases=["x"])
+    same = definition("a", adopted)
+    assert definition("b", adopted.model_copy(update={"aliases": ["y", "z"]})) == same
+    changes: list[dict[str, Any]] = [
+        {"container": "llm-2"},
+        {"container": None, "compose_service": "llm-1"},
+        {"port": 9},
+        {"model": "n"},
+    ]
+    assert all(definition("a", adopted.model_copy(update=change)) != same for change in changes)
+    assert len({definition("a", adopted.model_copy(update=change)) for change in changes}) == len(changes)
+
+
+def test_saying_a_default_aloud_changes_nothing() -> None:
+    """A key with its default value and a missing key start the same engine, today's keys and tomorrow's."""
+    assert definition("a", BASE.model_copy(update={"gpus": "auto", "volumes": []})) == definition("a", BASE)
+
+
 def test_names_count_for_engines_that_are_told_them() -> None:
     """A custom server knows neither our name nor its aliases; the others are started with them."""
     assert definition("b", BASE) != definition("a", BASE)

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from modelswap.spec import example
-from modelswap.spec.config import Config, Device, Gateway, Model, Orchestrator, Scheduling
+from modelswap.spec.config import Config, Device, Docker, Gateway, Model, Orchestrator, Scheduling
 from modelswap.spec.errors import ConfigError
 from modelswap.spec.load import load, loads
 
@@ -25,18 +25,19 @@ def test_the_smallest_file_has_every_default() -> None:
 def test_the_example_loads_without_any_variable_and_says_the_defaults() -> None:
     """The packaged example is right as it stands, and what it shows as defaults are the defaults."""
     config = loads(example.text(), {})
-    assert set(config.models) == {"mistral", "coder", "small", "vision", "embedder"}
+    assert set(config.models) == {"mistral", "coder", "small", "vision", "embedder", "qwen", "llama", "phi"}
     plain = Config(models=config.models)
     assert config.gateway == plain.gateway
     assert config.orchestrator == plain.orchestrator
     assert config.scheduling == plain.scheduling
     assert config.device == plain.device
+    assert config.docker == plain.docker
 
 
 def test_the_example_names_every_key() -> None:
     """Whoever reads the example has seen each key there is, at least in a comment."""
     text = example.text()
-    sections: list[type[BaseModel]] = [Config, Model, Gateway, Orchestrator, Scheduling, Device]
+    sections: list[type[BaseModel]] = [Config, Model, Gateway, Orchestrator, Scheduling, Device, Docker]
     for section in sections:
         for key in section.model_fields:
             assert f"{key}:" in text or key == "ledger", key

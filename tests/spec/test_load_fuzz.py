@@ -18,6 +18,18 @@ WORDS = st.sampled_from(
     [
         *Config.model_fields,
         *Model.model_fields,
+        *[
+            "/a:/b:ro",
+            "v-1:/c",
+            ":",
+            "host",
+            "all",
+            "unix:///x",
+            "tcp://h:1",
+            "host.x:host-gateway",
+            "memlock",
+            "a/b:c",
+        ],
         *["vllm", "llamacpp", "custom", "openvino", "alises", "a", "b", "<<", "/health", "12GiB", "-1"],
         *["${A}", "${N}", "${NONE}", "${NONE:-x}", "$${", "${", "${ODD}", "${NUL}"],
         "",

@@ -68,15 +68,24 @@ class Model(Strict):
     engine: EngineName = "vllm"
     """The inference server program that serves this model."""
     model: str | None = None
-    """What the engine loads: a Hugging Face id, a folder or a file. For `custom`: the name the server knows it by."""
+    """What the engine loads: a Hugging Face id, a folder or a file (in the container, if it runs in one).
+
+    For `custom`, and with `container` or `compose_service`: the name the server knows it by.
+    """
     args: list[str] = []
     """More command line arguments for the engine."""
     command: list[str] | None = None
-    """`custom` only: the command to run; `{port}` and `{host}` are replaced. Never run through a shell."""
+    """`custom` only: the command to run; `{port}` and `{host}` are replaced. Never run through a shell.
+
+    With an `image` it follows its entrypoint, and may be left out.
+    """
     program: list[str] | None = None
-    """How to start the engine's own program, if not found by itself, e.g. `[/opt/llama/llama-server]`."""
+    """How to start the engine's own program, if not found by itself, e.g. `[/opt/llama/llama-server]`.
+
+    Not in containers: an `image` has its `entrypoint`.
+    """
     env: dict[str, str] = {}
-    """Environment variables for the engine, on top of the orchestrator's own."""
+    """Environment variables for the engine, on top of the orchestrator's own (with `image`: of the image's)."""
     cwd: Location | None = None
     """The engine's working directory."""
     container: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -45,3 +46,11 @@ def dotted(path: Path) -> str:
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text
+
+
+def nearest(word: str, words: tuple[str, ...]) -> str | None:
+    """Return which of ``words`` was probably meant by ``word``."""
+    found = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    if not found:
+        found = difflib.get_close_matches(word.lower().replace("-", "_"), words, n=1, cutoff=0.6)
+    return found[0] if found else None

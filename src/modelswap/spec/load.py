@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from modelswap.spec import rules, shape, tree
 from modelswap.spec.config import Config
-from modelswap.spec.errors import ConfigError, Path, Problem
+from modelswap.spec.errors import ConfigError, Path, Problem, nearest
 
 _EXAMPLE: Final = "a commented one to start from: python -m modelswap.spec.example > {file}"
 
@@ -60,13 +60,16 @@ def _explain(found: tree.Tree, detail: ErrorDetails) -> None:
         return
     kind, context = detail["type"], detail.get("ctx", {})
     value = detail["input"]
-    if kind == "extra_forbidden":
+    if shape.also_lists(path):
+        if kind == "literal_error" and not isinstance(value, list):
+            _word_or_list(found, path, value)
+    elif kind == "extra_forbidden":
         _unknown_key(found, path)
     elif kind == "missing":
         found.add(path, "this key is missing", "see python -m modelswap.spec.example" if path == ("models",) else None)
     elif kind == "literal_error" and isinstance(value, str):
         allowed = shape.choices(path)
-        close = rules.nearest(value, allowed)
+        close = nearest(value, allowed)
         hint = f"did you mean '{close}'?" if close else None
         found.add(path, f"wants one of {', '.join(allowed)}, found {_found(found, path, value)}", hint)
     elif kind == "value_error":
@@ -77,9 +80,16 @@ def _explain(found: tree.Tree, detail: ErrorDetails) -> None:
         _wrong_type(found, path, kind, value)
 
 
+def _word_or_list(found: tree.Tree, path: Path, value: Any) -> None:
+    words = shape.choices(path)
+    close = nearest(value, words) if isinstance(value, str) else None
+    hint = f"did you mean '{close}'?" if close else "write a list as [first, second]"
+    found.add(path, f"wants one of {', '.join(words)}, or a list, found {_found(found, path, value)}", hint)
+
+
 def _unknown_key(found: tree.Tree, path: Path) -> None:
     known = shape.keys(path[:-1])
-    close = rules.nearest(str(path[-1]), known)
+    close = nearest(str(path[-1]), known)
     hint = f"did you mean '{close}'?" if close else f"the keys here are {', '.join(known)}"
     found.add(path, "unknown key", hint, at_key=True)
 
@@ -156,6 +166,8 @@ def _written_path(found: tree.Tree, location: tuple[int | str, ...]) -> Path:
     """Return pydantic's location without the parts that are not in the file (``[key]`` and names of types)."""
     path: Path = ()
     for part in location:
+        if isinstance(part, str) and shape.also_lists(path):
+            continue
         if (*path, part) not in found.values and (*path, part) not in found.keys and part != location[-1]:
             continue
         path = (*path, part)

@@ -5,10 +5,10 @@ The rules look at the plain values, so that they speak up also where another par
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import Any, Final
 
+from modelswap.spec import containers
 from modelswap.spec.errors import Path, dotted
 from modelswap.spec.tree import Tree
 
@@ -34,25 +34,30 @@ def check(tree: Tree) -> None:
             path: Path = ("models", name)
             if isinstance(model, dict):
                 _by_engine(tree, path, model)
+                containers.check(tree, path, model)
                 _values(tree, path, model)
         _names(tree, models)
+        containers.check_all(tree, models)
     _ports(tree)
+    containers.check_docker(tree, tree.value.get("docker"))
 
 
 def _by_engine(tree: Tree, path: Path, model: dict[str, Any]) -> None:
     engine = model.get("engine", "vllm")
+    process = not any(model.get(key) is not None for key in containers.HOSTS)
     if engine == "custom":
-        if "command" not in model:
+        if process and model.get("command") is None:
             hint = 'e.g. command: [my-server, --listen, "127.0.0.1:{port}"]'
             tree.add(path, "engine 'custom' needs a 'command'", hint, at_key=True)
-        if "program" in model:
+        if process and model.get("program") is not None:
             tree.add((*path, "program"), "not for engine 'custom'", "its 'command' says all", at_key=True)
     elif isinstance(engine, str) and engine in _NEEDS_MODEL:
-        if model.get("model") in (None, "") and (*path, "model") not in tree.unreadable:
+        wanted = process or model.get("image") is not None
+        if wanted and model.get("model") in (None, "") and (*path, "model") not in tree.unreadable:
             why = "" if "engine" in model else " (the engine when none is given)"
             tree.add(path, f"engine '{engine}'{why} needs a 'model'", f"say model: {_NEEDS_MODEL[engine]}", at_key=True)
-        if "command" in model:
-            hint = "options go into 'args', another program into 'program'"
+        if model.get("command") is not None and wanted:
+            hint = f"options go into 'args', another program into '{'program' if process else 'entrypoint'}'"
             tree.add((*path, "command"), f"only for engine 'custom', not '{engine}'", hint, at_key=True)
         if "ready" in model:
             tree.add((*path, "ready"), f"only for engine 'custom', not '{engine}'", "leave it out", at_key=True)
@@ -127,11 +132,3 @@ def _ports(tree: Tree) -> None:
     if gateway == orchestrator and gateway[1] != 0:
         path = ("orchestrator", "port") if ("orchestrator", "port") in tree.values else ("gateway", "port")
         tree.add(path, "gateway and orchestrator can't share one port", "give one of them another")
-
-
-def nearest(word: str, words: tuple[str, ...]) -> str | None:
-    """Return which of ``words`` was probably meant by ``word``."""
-    found = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    if not found:
-        found = difflib.get_close_matches(word.lower().replace("-", "_"), words, n=1, cutoff=0.6)
-    return found[0] if found else None

@@ -15,22 +15,27 @@ from modelswap.spec.errors import Path
 
 def keys(path: Path) -> tuple[str, ...]:
     """Return the keys that the section at ``path`` knows; empty where there is no such section."""
-    wanted = _wanted(path)
-    if isinstance(wanted, type) and issubclass(wanted, BaseModel):
-        return tuple(wanted.model_fields)
+    for wanted in _wanted(path):
+        if isinstance(wanted, type) and issubclass(wanted, BaseModel):
+            return tuple(wanted.model_fields)
     return ()
 
 
 def choices(path: Path) -> tuple[str, ...]:
-    """Return the only values allowed at ``path``; empty where others are."""
-    wanted = _wanted(path)
-    return tuple(map(str, get_args(wanted))) if get_origin(wanted) is Literal else ()
+    """Return the words allowed at ``path`` where it wants one of several (besides a list, maybe); else none."""
+    return tuple(str(word) for wanted in _wanted(path) if get_origin(wanted) is Literal for word in get_args(wanted))
+
+
+def also_lists(path: Path) -> bool:
+    """Return whether ``path`` wants a word or a list."""
+    return len(_wanted(path)) > 1 and any(get_origin(wanted) is list for wanted in _wanted(path))
 
 
 def takes_text(path: Path) -> bool:
     """Return whether a text is a right value at ``path``."""
-    wanted = _wanted(path)
-    return wanted in (str, FilePath, SecretStr, ByteSize) or get_origin(wanted) is Literal
+    return any(
+        wanted in (str, FilePath, SecretStr, ByteSize) or get_origin(wanted) is Literal for wanted in _wanted(path)
+    )
 
 
 def takes_scalars_as_written(path: Path) -> bool:
@@ -38,24 +43,31 @@ def takes_scalars_as_written(path: Path) -> bool:
 
     There ``8192`` and ``on`` need no quotes: command lines and environments know nothing but text.
     """
-    return bool(path) and _wanted(path) is str and get_origin(_wanted(path[:-1])) in (list, dict)
+    return (
+        bool(path) and str in _wanted(path) and any(get_origin(wanted) in (list, dict) for wanted in _wanted(path[:-1]))
+    )
 
 
 @functools.cache
-def _wanted(path: Path) -> Any:
+def _wanted(path: Path) -> tuple[Any, ...]:
+    """Return the types that are right at ``path``; none where nothing may stand."""
     if not path:
-        return Config
-    parent = _wanted(path[:-1])
-    if isinstance(parent, type) and issubclass(parent, BaseModel):
-        field = parent.model_fields.get(str(path[-1]))
-        return _bare(field.annotation) if field else None
-    origin, arguments = get_origin(parent), get_args(parent)
-    return _bare(arguments[-1]) if origin in (list, dict) and arguments else None
+        return (Config,)
+    found: list[Any] = []
+    for parent in _wanted(path[:-1]):
+        if isinstance(parent, type) and issubclass(parent, BaseModel):
+            field = parent.model_fields.get(str(path[-1]))
+            found += _bare(field.annotation) if field else ()
+        elif get_origin(parent) in (list, dict):
+            found += _bare(get_args(parent)[-1])
+    return tuple(found)
 
 
-def _bare(annotation: Any) -> Any:
+def _bare(annotation: Any) -> tuple[Any, ...]:
     if get_origin(annotation) is Annotated:
         return _bare(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
-        return _bare(next(argument for argument in get_args(annotation) if argument is not type(None)))
-    return annotation
+        return tuple(
+            bare for argument in get_args(annotation) if argument is not type(None) for bare in _bare(argument)
+        )
+    return (annotation,)
