@@ -99,8 +99,8 @@ def _managed(tree: Tree, path: Path, model: dict[str, Any]) -> None:
         if not _is_extra_host(entry):
             tree.add(place, "wants NAME:ADDRESS", "e.g. hub.local:10.0.0.5, or NAME:host-gateway for Docker's machine")
     ipc = model.get("ipc")
-    hint = _nearest(ipc, _IPC) if isinstance(ipc, str) else None
-    _told(tree, (*path, "ipc"), model, _is_ipc, f"wants one of {', '.join(_IPC)}, container:NAME", hint)
+    close = _nearest(ipc, _IPC) if isinstance(ipc, str) else None
+    _told(tree, (*path, "ipc"), model, _is_ipc, f"wants one of {', '.join(_IPC)}, container:NAME", close)
     _ulimits(tree, (*path, "ulimits"), model.get("ulimits"))
     _network(tree, (*path, "network"), model.get("network"))
 
