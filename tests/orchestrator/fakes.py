@@ -15,7 +15,7 @@ import aiohttp
 
 from modelswap.core import events
 from modelswap.devices.base import Holder, Reading
-from modelswap.engines.base import Address, Diagnosis, Launch, Place, Readiness
+from modelswap.engines.base import Address, Diagnosis, Launch, Place, Readiness, StandbyPlan
 from modelswap.orchestrator.facts import Configured
 from modelswap.orchestrator.hosting import Hosted, Outside, engine_session
 from modelswap.orchestrator.journal import Journal
@@ -55,6 +55,7 @@ class FakeEngine:
         self.canary_error: Exception | None = None
         self.canary_gate = asyncio.Event()
         self.canary_gate.set()
+        self.standby_plan: StandbyPlan | None = None
         self.canaries = 0
         self.well = True
         self.health_answers: list[bool] = []
@@ -71,6 +72,9 @@ class FakeEngine:
         if self.launch_error is not None:
             raise self.launch_error
         return Launch(tuple(model.command or ()), dict(model.env))
+
+    def standby(self, model: Model, launch: Launch) -> StandbyPlan | None:
+        return self.standby_plan
 
     def port(self) -> int:
         return 8000
@@ -136,6 +140,12 @@ class FakeRuntime:
         self.fetch_gate = asyncio.Event()
         self.fetch_gate.set()
         self.fetch_error: ModelswapError | None = None
+        self.fetch_reports: list[tuple[str, float | None]] = [("pulling", 0.5)]
+        self.configure_error: ModelswapError | None = None
+        self.create_error: Exception | None = None
+        self.wait_errors: list[ModelswapError] = []
+        """Raised first, one each."""
+        self.listening_error: ModelswapError | None = None
         self.created: list[StartOrder] = []
         self.appearances: asyncio.Queue[Running] = asyncio.Queue()
         self._exits: dict[str, asyncio.Future[Exit]] = {}
@@ -143,16 +153,21 @@ class FakeRuntime:
         self._pid = 1000
 
     async def configure(self, models: Mapping[str, Known]) -> None:
+        if self.configure_error is not None:
+            raise self.configure_error
         self.known = dict(models)
 
     async def fetch(self, name: str, spec: Model, report: Report) -> None:
         self.fetched.append(name)
-        report("pulling", 0.5)
+        for stage, fraction in self.fetch_reports:
+            report(stage, fraction)
         await self.fetch_gate.wait()
         if self.fetch_error is not None:
             raise self.fetch_error
 
     async def create(self, order: StartOrder) -> None:
+        if self.create_error is not None:
+            raise self.create_error
         self.created.append(order)
 
     def foreign(self, running: Running) -> bool:
@@ -179,8 +194,10 @@ class FakeRuntime:
         self.orders.append(order)
         return self.spawn(order.instance, order.model, order.definition, order.address)
 
-    def spawn(self, instance: str, model: str, definition: str, address: Address | None = None) -> Running:
-        """Have an instance alive."""
+    def spawn(
+        self, instance: str, model: str, definition: str, address: Address | None = None, container: str = ""
+    ) -> Running:
+        """Have an instance alive; in a ``container`` if one is named."""
         if address is None:
             bound = socket.socket()
             bound.bind(("127.0.0.1", 0))
@@ -189,19 +206,25 @@ class FakeRuntime:
         self._sockets[address.port].listen()
         self._pid += 1
         started = Running(
-            instance=instance, model=model, definition=definition, address=address, pid=self._pid, born=float(self._pid)
+            instance=instance,
+            model=model,
+            definition=definition,
+            address=address,
+            pid=0 if container else self._pid,
+            born=float(self._pid),
+            container=container,
         )
         self.living[instance] = started
         return started
 
-    def die(self, instance: str, code: int = 1) -> None:
+    def die(self, instance: str, code: int = 1, *, oom: bool = False) -> None:
         """Have an instance end."""
         gone = self.living.pop(instance, None)
         if gone is not None:
             self._sockets.pop(gone.address.port).close()
         exit_ = self._exit(instance)
         if not exit_.done():
-            exit_.set_result(Exit(code))
+            exit_.set_result(Exit(code, oom=oom))
 
     def _exit(self, instance: str) -> asyncio.Future[Exit]:
         if instance not in self._exits:
@@ -209,6 +232,8 @@ class FakeRuntime:
         return self._exits[instance]
 
     async def wait(self, running: Running) -> Exit:
+        if self.wait_errors:
+            raise self.wait_errors.pop(0)
         return await asyncio.shield(self._exit(running.instance))
 
     async def stop(self, running: Running, grace: float) -> Exit:
@@ -220,6 +245,8 @@ class FakeRuntime:
         return await self._exit(running.instance)
 
     async def listening(self, running: Running) -> bool:
+        if self.listening_error is not None:
+            raise self.listening_error
         return self.listens and running.instance in self.living
 
     async def instances(self) -> list[Running]:
@@ -229,7 +256,7 @@ class FakeRuntime:
         return self.log[-lines:] if lines else []
 
     async def sweep(self, keep: set[str]) -> list[str]:
-        gone = [instance for instance in self.living if instance not in keep]
+        gone = [name for name, running in self.living.items() if name not in keep and not self.foreign(running)]
         for instance in gone:
             self.die(instance, -9)
         if self.sweep_error is not None:
@@ -290,10 +317,10 @@ class World:
         self.outside.hosted[instance] = hosted
         return hosted
 
-    def host_running(self, instance: str = "a.1.1", model: str = "a", **settings: Any) -> Hosted:
-        """Return an instance that runs and is ready."""
+    def host_running(self, instance: str = "a.1.1", model: str = "a", container: str = "", **settings: Any) -> Hosted:
+        """Return an instance that runs and is ready; in a ``container`` if one is named."""
         hosted = self.host(instance, model, **settings)
-        hosted.running = self.runtime.spawn(instance, model, "digest")
+        hosted.running = self.runtime.spawn(instance, model, "digest", container=container)
         hosted.address = hosted.running.address
         hosted.ready = True
         return hosted

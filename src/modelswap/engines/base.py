@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import aiohttp
@@ -40,6 +41,21 @@ class Place(msgspec.Struct, frozen=True):
 
     address: Address
     program: tuple[str, ...] | None = None
+
+
+class StandbyPlan(msgspec.Struct, frozen=True):
+    """How to have an engine's process wait for its model, started and with nothing left to import.
+
+    ``python`` is the command of the interpreter that the engine runs in, ``script`` the one file that waits
+    (`modelswap.engines.vllm_standby` tells how it is spoken to), ``hints`` what it may import beyond what all models
+    need. Plans with the same ``key`` serve each other's models: it stands for interpreter and environment.
+    """
+
+    key: str
+    python: tuple[str, ...]
+    script: Path
+    env: dict[str, str]
+    hints: tuple[str, ...] = ()
 
 
 class Readiness(msgspec.Struct, frozen=True):
@@ -84,6 +100,10 @@ class Engine(Protocol):
         container's then), else with a program found on this machine. Raises
         `modelswap.protocol.errors.ModelswapError` when it can't (a program that isn't installed, say).
         """
+        ...
+
+    def standby(self, model: Model, launch: Launch) -> StandbyPlan | None:
+        """Return how to keep a process waiting that a start with ``launch`` can use; None if there is no way."""
         ...
 
     def port(self) -> int:

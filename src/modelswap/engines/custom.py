@@ -30,13 +30,17 @@ class Custom:
         In an image they follow its entrypoint, as compose's ``command`` does.
         """
         if not model.command and not program:
-            raise ModelswapError(f"models.{name}: engine 'custom' needs a 'command'", code=Code.MODEL_BROKEN)
+            why = "" if program is None else ": its image has no entrypoint that would start by itself"
+            raise ModelswapError(f"models.{name}: engine 'custom' needs a 'command'{why}", code=Code.MODEL_BROKEN)
         argv = tuple(placed(word, address) for word in (*(program or ()), *(model.command or ()), *model.args))
         return Launch(argv, {key: placed(value, address) for key, value in model.env.items()}, folder(model))
 
     def slots(self, model: Model) -> int:
         """Return ``concurrency``, by default 4."""
         return model.concurrency or _SLOTS
+
+    def standby(self, model: Model, launch: Launch) -> None:
+        """Return None: it has none."""
 
     def port(self) -> int:
         """Return 8000; containers of this engine had better say ``port``."""

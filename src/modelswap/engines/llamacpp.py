@@ -9,13 +9,15 @@ Seen with ``llama-server`` built from llama.cpp 0.6.0-dev (ggml 0.26):
   with -1, there are 4 slots (older ones: 1).
 - ``/slots`` is on unless ``--no-slots`` is given and says ``is_processing`` for each; ``/metrics`` needs ``--metrics``
   and counts the deferred requests, too.
+- llama.cpp's ``server`` images have the entrypoint ``/app/llama-server``, the ``full`` ones ``/app/tools.sh``, which
+  wants ``--server`` first. They listen at 8080.
 - SIGTERM ends it within 50 ms when idle. A build for another processor dies by SIGILL or SIGSEGV.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import aiohttp
@@ -24,7 +26,7 @@ from modelswap.engines import http as ask
 from modelswap.engines import options
 from modelswap.engines.base import Address, Diagnosis, Launch, Readiness
 from modelswap.engines.diagnosis import cause, explain
-from modelswap.engines.programs import NoSuchModel, NotInstalled, folder, local, on_path
+from modelswap.engines.programs import NoSuchModel, NotInstalled, folder, local, on_path, only_wraps
 from modelswap.spec.config import Model
 
 _PORT: Final = 8080
@@ -42,7 +44,7 @@ class LlamaCpp:
         if program is None:
             argv = [*_program(model), *_weights(model.model or "", model), *model.args]
         else:
-            argv = [*(program or ("llama-server",)), *_weights_inside(model.model or ""), *model.args]
+            argv = [*_program_inside(program), *_weights_inside(model.model or ""), *model.args]
         names = [each for each in (name, *model.aliases) if "," not in each]
         if names:
             argv += ["--alias", ",".join(names)]
@@ -57,13 +59,16 @@ class LlamaCpp:
         given = options.value(model.args, "--parallel", "-np", "--n-parallel")
         return model.concurrency or options.whole(given or model.env.get("LLAMA_ARG_N_PARALLEL")) or 1
 
+    def standby(self, model: Model, launch: Launch) -> None:
+        """Return None: it has none."""
+
     def port(self) -> int:
         """Return llama-server's default, 8080."""
         return _PORT
 
     def upstream_name(self, name: str, model: Model) -> str | None:
-        """Return None: it is started with our name and all aliases, and answers to any name at all."""
-        return None if model.runtime != "adopted" else model.model or name
+        """Return None: it answers to any name at all; somebody else's container may be behind a router that doesn't."""
+        return model.model if model.runtime == "adopted" else None
 
     def stop_grace(self, model: Model) -> float:
         """Return 5 s by default: it has nothing to save."""
@@ -88,6 +93,8 @@ class LlamaCpp:
             names = await ask.served_names(http, model, address)
         except aiohttp.ClientConnectorError:
             return Readiness(ready=False, stage="starting")
+        if _knows_any_name(model) and isinstance(names, set):
+            return Readiness(ready=True, stage="ready")
         return ask.named(names, _known(name, model), name)
 
     async def running(self, http: aiohttp.ClientSession, model: Model, address: Address) -> int | None:
@@ -107,12 +114,15 @@ class LlamaCpp:
 
     async def canary(self, http: aiohttp.ClientSession, name: str, model: Model, address: Address) -> None:
         """Ask for one token, or for an embedding if ``args`` say so; a reranker isn't asked."""
+        called = self.upstream_name(name, model) or name
         if options.given(model.args, "--rerank", "--reranking"):
-            await ask.canary(http, name, model, address, "none")
+            await ask.canary(http, called, model, address, "none")
         elif options.given(model.args, "--embedding", "--embeddings"):
-            await ask.canary(http, name, model, address, "embedding")
+            await ask.canary(http, called, model, address, "embedding")
+        elif model.runtime == "adopted":
+            await ask.canary(http, called, model, address, "completion", "chat", "embedding")
         else:
-            await ask.canary(http, name, model, address, "completion", "chat")
+            await ask.canary(http, called, model, address, "completion", "chat")
 
     def diagnose(self, exit_code: int | None, log: Sequence[str]) -> Diagnosis:
         """Look for the known causes, else for the last error line."""
@@ -138,6 +148,13 @@ def _weights(text: str, model: Model) -> tuple[str, str]:
     return "-hf", text
 
 
+def _program_inside(entrypoint: Sequence[str]) -> list[str]:
+    if only_wraps(entrypoint):
+        return [*entrypoint, "llama-server"]
+    tools = PurePosixPath(entrypoint[-1]).name == "tools.sh"
+    return [*entrypoint, "--server"] if tools else list(entrypoint)
+
+
 def _weights_inside(text: str) -> tuple[str, str]:
     return ("-m", text) if text.startswith("/") or text.endswith(".gguf") else ("-hf", text)
 
@@ -146,10 +163,16 @@ def _known(name: str, model: Model) -> set[str]:
     return {name, *model.aliases, *([model.model] if model.runtime == "adopted" and model.model else [])}
 
 
+def _knows_any_name(model: Model) -> bool:
+    """Return whether we weren't told how somebody else's container calls what it serves."""
+    return model.runtime == "adopted" and model.model is None
+
+
 def _from_props(props: dict[str, Any], name: str, model: Model) -> Readiness:
     alias, slots = props.get("model_alias"), props["total_slots"]
     ours = _known(name, model)
-    if isinstance(alias, str) and alias and not any("," in each for each in ours) and ours.isdisjoint(alias.split(",")):
+    sure = not any("," in each for each in ours) and not _knows_any_name(model)
+    if sure and isinstance(alias, str) and alias and ours.isdisjoint(alias.split(",")):
         return Readiness(ready=False, problem=f"it serves {alias}, not {name}")
     return Readiness(ready=True, stage="ready", slots=slots if isinstance(slots, int) and slots > 0 else None)
 

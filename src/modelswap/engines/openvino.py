@@ -65,6 +65,9 @@ class OpenVino:
         """Return 1: it has one thread that generates."""
         return model.concurrency or 1
 
+    def standby(self, model: Model, launch: Launch) -> None:
+        """Return None: it has none."""
+
     def port(self) -> int:
         """Return 8000."""
         return 8000

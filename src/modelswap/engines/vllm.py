@@ -11,30 +11,36 @@ Read in the sources of vLLM 0.32 (`vllm/utils/argparse_utils.py`, `engine/arg_ut
 - ``--gpu-memory-utilization`` is a share of *total* memory, 0.92 by default (0.9 before), which must be free at start.
 - ``--max-num-seqs`` is 256 by default; 1024 from 70 GiB of device memory on (not A100), 128 on CPUs. vLLM queues what
   is more, so 256 is right enough everywhere.
+- The image ``vllm/vllm-openai`` has the entrypoint ``vllm serve``; older ones the module. Others (NVIDIA's) only wrap.
 - ``vllm:num_requests_running`` and ``…_waiting`` in ``/metrics`` are the engine's own counts.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
+import os
 import re
+import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 import aiohttp
 
 from modelswap.engines import http as ask
-from modelswap.engines import options
-from modelswap.engines.base import Address, Diagnosis, Launch, Readiness
+from modelswap.engines import options, vllm_standby
+from modelswap.engines.base import Address, Diagnosis, Launch, Readiness, StandbyPlan
 from modelswap.engines.diagnosis import cause, clean, explain
-from modelswap.engines.programs import NotInstalled, folder, local, on_path
+from modelswap.engines.programs import NotInstalled, folder, local, on_path, only_wraps
 from modelswap.spec.config import Model
 
 _MODULE: Final = "vllm.entrypoints.openai.api_server"
 _IMAGE_PROGRAM: Final = ("vllm", "serve")
 _PORT: Final = 8000
+_KEY: Final = "VLLM_API_KEY"
 _SLOTS: Final = 256
 _SHARE: Final = 0.92
 _STOP_GRACE: Final = 15.0
@@ -52,19 +58,35 @@ class Vllm:
             program = _program(model)
             if (path := local(weights, model)) is not None:
                 weights = str(path)
-        program = program or _IMAGE_PROGRAM
+        elif only_wraps(program):
+            program = (*program, *_IMAGE_PROGRAM)
+        else:
+            program = _served(program)
         serve = program[-1] == "serve"
         argv = [*program, weights] if serve else [*program, "--model", weights]
         argv += [*model.args, "--served-model-name", name, *model.aliases]
         argv += ["--host", address.host, "--port", str(address.port)]
         env = dict(model.env)
         if model.api_key:
-            env["VLLM_API_KEY"] = model.api_key.get_secret_value()
+            env[_KEY] = model.api_key.get_secret_value()
         return Launch(tuple(argv), env, folder(model))
 
     def slots(self, model: Model) -> int:
         """Return ``--max-num-seqs``, by default 256."""
         return model.concurrency or options.whole(options.value(model.args, "--max-num-seqs")) or _SLOTS
+
+    def standby(self, model: Model, launch: Launch) -> StandbyPlan | None:
+        """Return how one waits in the Python that ``launch`` would start, with the same environment.
+
+        The API key isn't part of it: that is read when the server starts.
+        """
+        python = _interpreter(launch)
+        if python is None:
+            return None
+        env = {name: value for name, value in launch.env.items() if name != _KEY}
+        spelled = json.dumps([python, sorted(env.items())])
+        key = f"vllm-{hashlib.sha256(spelled.encode()).hexdigest()[:12]}"
+        return StandbyPlan(key, python, Path(vllm_standby.__file__), env, _architectures(model))
 
     def port(self) -> int:
         """Return vLLM's default, 8000."""
@@ -79,9 +101,14 @@ class Vllm:
         return _STOP_GRACE if model.stop_grace is None else model.stop_grace
 
     def device_bytes(self, model: Model, total: int) -> int | None:
-        """Return ``--gpu-memory-utilization`` (0.92) of ``total``, which vLLM itself checks when it starts."""
+        """Return ``--gpu-memory-utilization`` (0.92) of ``total``, which vLLM itself checks when it starts.
+
+        Nobody tells us what somebody else's container was given.
+        """
         if model.memory is not None:
             return int(model.memory)
+        if model.runtime == "adopted":
+            return None
         given = options.share(options.value(model.args, "--gpu-memory-utilization"))
         return round((given or _SHARE) * total)
 
@@ -94,7 +121,10 @@ class Vllm:
         except aiohttp.ClientConnectorError:
             return Readiness(ready=False, stage="starting")
         expected = self.upstream_name(name, model) or name
-        return ask.named(names, {expected}, expected)
+        said = ask.named(names, {expected}, expected)
+        if said.problem is not None and model.runtime == "adopted" and isinstance(names, set) and names:
+            return Readiness(ready=False, problem=f"{said.problem}; say model: {min(names)}")
+        return said
 
     async def running(self, http: aiohttp.ClientSession, model: Model, address: Address) -> int | None:
         """Return running plus waiting requests from ``/metrics``."""
@@ -109,6 +139,8 @@ class Vllm:
         called = self.upstream_name(name, model) or name
         if _pools(model.args):
             await ask.canary(http, called, model, address, "embedding")
+        elif model.runtime == "adopted":
+            await ask.canary(http, called, model, address, "completion", "chat", "embedding")
         else:
             await ask.canary(http, called, model, address, "completion", "chat")
 
@@ -117,10 +149,41 @@ class Vllm:
         return explain(_CAUSES, exit_code, [_PREFIX.sub("", clean(line)) for line in log], _BORING)
 
 
+def _interpreter(launch: Launch) -> tuple[str, ...] | None:
+    """Return the command of the Python that ``launch`` runs vLLM in; None if that can't be told."""
+    if "-m" in launch.argv:
+        before = launch.argv[: launch.argv.index("-m")]
+        return before if before and launch.argv[len(before) + 1 : len(before) + 2] == (_MODULE,) else None
+    if "serve" not in launch.argv:
+        return None
+    *wrapper, program = launch.argv[: launch.argv.index("serve")]
+    if wrapper:
+        return (*wrapper, "python")  # uv run vllm serve
+    path = shutil.which(program, path=launch.env.get("PATH") or os.environ.get("PATH"))
+    try:
+        with Path(path or program).open("rb") as script:
+            first = script.readline(4096)
+    except OSError:
+        return None
+    words = first[2:].decode(errors="replace").split() if first.startswith(b"#!") else []
+    return tuple(words) if words and Path(words[0]).name.startswith("python") else None
+
+
+def _architectures(model: Model) -> tuple[str, ...]:
+    """Return what a local model's ``config.json`` names; empty if that can't be read."""
+    folder = local(model.model or "", model)
+    if folder is None:
+        return ()
+    try:
+        named = json.loads(((model.cwd or Path()) / folder / "config.json").read_bytes())["architectures"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+    return tuple(word for word in named if isinstance(word, str)) if isinstance(named, list) else ()
+
+
 def _program(model: Model) -> list[str]:
     if model.program:
-        only = len(model.program) == 1 and Path(model.program[0]).name == "vllm"
-        return [*model.program, "serve"] if only else list(model.program)
+        return _served(model.program)
     if found := on_path("vllm", model):
         return [found, "serve"]
     if importlib.util.find_spec("vllm") is not None:
@@ -129,6 +192,10 @@ def _program(model: Model) -> list[str]:
         "vLLM is not installed: neither is 'vllm' on PATH, nor can this Python import it. Install it (pip install vllm)"
         f" or say where it is, e.g. program: [/path/to/venv/bin/python, -m, {_MODULE}]"
     )
+
+
+def _served(program: Sequence[str]) -> list[str]:
+    return [*program, "serve"] if PurePosixPath(program[-1]).name == "vllm" else list(program)
 
 
 def _pools(args: Sequence[str]) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
-from modelswap.engines.base import Address, Launch, Place
+from modelswap.engines.base import Address, Launch, Place, StandbyPlan
 from modelswap.protocol.errors import Code, ModelswapError
 from modelswap.spec.config import Model
 
@@ -42,6 +42,7 @@ class StartOrder(msgspec.Struct, frozen=True, kw_only=True):
     spec: Model
     launch: Launch
     address: Address
+    standby: StandbyPlan | None = None
 
 
 class Running(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +60,22 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
     pid: int = 0
     born: float = 0.0
     container: str = ""
+    mechanism: Literal["cold", "standby"] = "cold"
+    carried: str = ""
+    """The instance id in its process's environment, if that isn't its own: it was a standby before."""
+
+
+class StandbyState(msgspec.Struct, frozen=True, kw_only=True):
+    """One key of `StandbyPlan`: a process that waits or is being made, or the ``problem`` that there is none.
+
+    ``host_bytes`` is the host memory that it alone takes.
+    """
+
+    key: str
+    ready: bool = False
+    pid: int = 0
+    host_bytes: int = 0
+    problem: str = ""
 
 
 class Exit(msgspec.Struct, frozen=True):

@@ -11,20 +11,30 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import structlog
 
-from modelswap.engines.base import Address, Place
+from modelswap.engines.base import Address, Place, StandbyPlan
 from modelswap.runtimes import processes, spawn
-from modelswap.runtimes.base import Exit, Known, Report, Running, StartFailed, StartOrder, Unkillable
+from modelswap.runtimes.base import (
+    Exit,
+    Known,
+    Report,
+    Running,
+    StandbyState,
+    StartFailed,
+    StartOrder,
+    Unkillable,
+)
 from modelswap.runtimes.logfiles import LogFiles
 from modelswap.runtimes.ports import HOST, Ports
 from modelswap.runtimes.processes import Handle, Ids, ProcessTable
 from modelswap.runtimes.records import Records
+from modelswap.runtimes.standbys import PREFIX, Standbys
 from modelswap.spec.config import Model
 
 _KILL_SECONDS: Final = 5.0
@@ -62,6 +72,9 @@ class ProcessRuntime:
         self._killed: set[str] = set()
         self._exits: dict[str, Exit] = {}
         self._leftovers: dict[str, list[tuple[int, float]]] = {}
+        self._carried: dict[str, str] = {one.carried: one.instance for one in self._records.all() if one.carried}
+        """Instances whose processes carry a standby's id, by that."""
+        self._standbys = Standbys(state_dir / "run" / "standby", self._state, self._table, self._logs)
 
     async def configure(self, models: Mapping[str, Known]) -> None:
         """See `Runtime`; processes need no knowledge of other models."""
@@ -78,6 +91,8 @@ class ProcessRuntime:
 
     async def start(self, order: StartOrder) -> Running:
         """See `Runtime`."""
+        if order.standby is not None and (running := await self._start_standby(order, order.standby)) is not None:
+            return running
         ids = Ids.of_order(order, self._state)
         try:
             log = self._logs.open(order.model, order.instance)
@@ -102,6 +117,49 @@ class ProcessRuntime:
         with contextlib.suppress(OSError):  # an old log that stays harms nobody, a start that raised now would
             self._logs.prune(order.model, self._children)
         return running
+
+    async def _start_standby(self, order: StartOrder, plan: StandbyPlan) -> Running | None:
+        """Start it in a process that waits for that; None if there is none, or none that will."""
+        standby = await self._standbys.take(plan.key)
+        if standby is None:
+            return None
+        env = spawn.environment(order.launch, Ids.of_order(order, self._state).variables())
+        running = Running(
+            instance=order.instance,
+            model=order.model,
+            definition=order.definition,
+            address=order.address,
+            pid=standby.pid,
+            born=standby.born,
+            mechanism="standby",
+            carried=standby.id,
+        )
+        # Before it is one: whoever comes after us must know it by its new name.
+        self._carried[standby.id] = order.instance
+        self._records.write(running)
+        self._children[order.instance] = standby.pid
+        try:
+            os.close(self._logs.open(order.model, order.instance))
+            log = self._logs.path(order.model, order.instance)
+            await self._standbys.hand_over(standby, order.launch, env, log)
+        except (OSError, StartFailed) as error:
+            _log.warning("cold start instead", model=order.model, reason=str(error))
+            await self._kill_all(order.instance, standby.pid)
+            self._children.pop(order.instance, None)
+            self._exits.pop(order.instance, None)
+            self._records.forget(order.instance)
+            return None
+        with contextlib.suppress(OSError):
+            self._logs.prune(order.model, self._children)
+        return running
+
+    async def stand_by(self, plans: Sequence[StandbyPlan]) -> None:
+        """See `Runtime`."""
+        await self._standbys.keep(plans)
+
+    def standbys(self) -> list[StandbyState]:
+        """See `Runtime`."""
+        return self._standbys.states()
 
     async def wait(self, running: Running) -> Exit:
         """See `Runtime`."""
@@ -209,7 +267,7 @@ class ProcessRuntime:
             if number == session:
                 found += pids
             elif (ids := processes.carried(self._table, number, pids)) is not None:
-                found += pids if (ids.instance, ids.state) == (instance, self._state) else []
+                found += pids if (self._named(ids), ids.state) == (instance, self._state) else []
         return found
 
     def _survivors(self, instance: str, session: int | None) -> list[Handle]:
@@ -282,11 +340,17 @@ class ProcessRuntime:
         """Return by instance what lives and is ours, by the ids it carries or by the record of its start."""
         found: dict[str, _Found] = {}
         leaders: dict[str, list[Running]] = {}
+        ours = self._standbys.ids()
         for ids, session, pids in processes.carriers(self._table, self._state):
             living = [pid for pid in pids if self._lives(pid)]
+            if ids.instance in ours:
+                continue
+            name = self._named(ids)
             if living:
-                found.setdefault(ids.instance, _Found()).pids.update(living)
-            if session in living and (born := self._table.born(session)) is not None:
+                found.setdefault(name, _Found()).pids.update(living)
+            # Whoever waits is no instance yet, and a spent standby's record tells of it.
+            plain = name == ids.instance and not name.startswith(PREFIX)
+            if plain and session in living and (born := self._table.born(session)) is not None:
                 leaders.setdefault(ids.instance, []).append(ids.running(session, born))
         recorded = {record.instance: record for record in self._records.all()}
         for instance, record in recorded.items():
@@ -300,6 +364,9 @@ class ProcessRuntime:
             if mains:
                 found[instance].main = min(mains, key=lambda main: main.born)
         return found
+
+    def _named(self, ids: Ids) -> str:
+        return self._carried.get(ids.instance, ids.instance)
 
     def _lives(self, pid: int, born: float | None = None) -> bool:
         handle = self._table.open(pid, born)
