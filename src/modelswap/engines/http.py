@@ -123,20 +123,23 @@ def judge(reply: Reply, kind: str) -> None:
 
 
 async def canary(
-    http: aiohttp.ClientSession, name: str, model: Model, address: Address, default: str, other: str | None = None
+    http: aiohttp.ClientSession, name: str, model: Model, address: Address, default: str, *others: str
 ) -> None:
     """Send the configured canary, or the ``default``; raises `CanaryFailed`.
 
-    Where nothing was configured and the engine says that it has no such thing (400, 404, 405, 501), ``other`` is tried.
+    Where nothing was configured and the engine says that it has no such thing (400, 404, 405, 501), ``others`` are
+    tried in turn.
     """
     kind = model.canary or default
     if kind == "none":
         return
     reply = await ask(http, name, model, address, kind)
-    if reply.status in (400, 404, 405, 501) and model.canary is None and other:
-        second = await ask(http, name, model, address, other)
-        if second.status == 200:
-            reply, kind = second, other
+    if reply.status in (400, 404, 405, 501) and model.canary is None:
+        for other in others:
+            second = await ask(http, name, model, address, other)
+            if second.status == 200:
+                reply, kind = second, other
+                break
     judge(reply, kind)
 
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Final
 
 from modelswap.engines.base import Address
 from modelswap.protocol.errors import Code, ModelswapError
 from modelswap.spec.config import Model
+
+# What begins an image's entrypoint without being the program: inits, and NVIDIA's greeting.
+_WRAPPERS: Final = frozenset({"tini", "dumb-init", "catatonit", "docker-init", "nvidia_entrypoint.sh", "env"})
 
 
 class NotInstalled(ModelswapError):
@@ -42,3 +47,12 @@ def local(text: str, model: Model) -> Path | None:
     """Return ``text`` as the file or folder it names, seen from the engine's working folder; None if it names none."""
     path = Path(text).expanduser() if text.startswith("~/") else Path(text)
     return path if (model.cwd or Path()).joinpath(path).exists() else None
+
+
+def only_wraps(entrypoint: Sequence[str]) -> bool:
+    """Return whether an image's ``entrypoint`` (``tini --``, say) runs whatever it is given."""
+    if not entrypoint:
+        return True
+    if PurePosixPath(entrypoint[0]).name not in _WRAPPERS:
+        return False
+    return all(word.startswith("-") for word in entrypoint[1:])
