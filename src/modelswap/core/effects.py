@@ -53,7 +53,7 @@ class Prepare(Effect, frozen=True):
 class TurnAway(Effect, frozen=True):
     """Stop an instance that somebody else started while its device was another's, and tell; it never counted.
 
-    No start on this device may begin before it has ended.
+    No start on this device may begin before it has ended. The scheduler has the device verified before its next start.
     """
 
     instance: str

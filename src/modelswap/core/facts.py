@@ -39,7 +39,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     ``min_residency`` None means ``residency_factor`` times the measured swap time of the resident model.
     A model that dies within ``crash_window`` of coming in, ``crashes_forgiven`` times in a row and then once more,
-    backs off as if its start had failed. A start that was killed from outside is repeated ``kills_forgiven`` times.
+    backs off as if its start had failed. A start that was killed from outside is repeated ``kills_forgiven`` times, one
+    that found something missing which had been prepared ``unprepared_forgiven`` times.
     """
 
     max_wait: float = 160.0
@@ -58,4 +59,5 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     crash_window: float = 10.0
     crashes_forgiven: int = 3
     kills_forgiven: int = 2
+    unprepared_forgiven: int = 2
     progress_interval: float = 2.0

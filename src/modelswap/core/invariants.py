@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from modelswap.core import preparing
 from modelswap.core.line import ADMIN
-from modelswap.core.states import HOLDING, InstanceState
+from modelswap.core.states import HOLDING, InstanceState, Preparedness
 from modelswap.core.swap import Phase
 from modelswap.core.world import DeviceRecord, Instance, World
 
@@ -13,6 +14,7 @@ def check(world: World) -> None:
     for device in world.devices.values():
         _memory(world, device)
         _swap(world, device)
+        _preparation(world, device)
     for instance in world.instances.values():
         _instance(world, instance)
         _slots(instance)
@@ -44,6 +46,17 @@ def _swap(world: World, device: DeviceRecord) -> None:
     else:
         starting = [i.id for i in world.on_device(device.name) if i.state is InstanceState.STARTING]
         _claim(not starting, f"{device.name}: {starting} start in phase {swap.phase}")
+
+
+def _preparation(world: World, device: DeviceRecord) -> None:
+    swap = device.swap
+    if swap is not None and swap.target is not None and swap.phase is not Phase.IN:
+        _claim(world.models[swap.target].prepared, f"{device.name}: a swap to {swap.target}, which isn't prepared")
+    for instance in world.on_device(device.name):
+        model = world.models.get(instance.model)
+        ours = instance.state is InstanceState.STARTING and not instance.adopted
+        if ours and model is not None and model.facts.definition == instance.definition:
+            _claim(model.prepared, f"{instance.id} starts, but isn't prepared")
 
 
 def _instance(world: World, instance: Instance) -> None:
@@ -81,4 +94,6 @@ def _tickets(world: World) -> None:
         record = world.models.get(model)
         _claim(record is not None, f"{model}: waited for, but not configured")
         _claim(record is None or record.backoff is None, f"{model}: waited for while it backs off")
+        if record is not None and not record.prepared and record.preparation.state is Preparedness.NEEDED:
+            _claim(preparing.serves(world, record), f"{model}: waited for, but nobody prepares it")
     _claim(set(world.ensures) == {t.key[1] for t in world.waiting if t.gateway == ADMIN}, "requests without tickets")

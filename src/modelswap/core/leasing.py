@@ -6,7 +6,7 @@ import msgspec
 
 from modelswap.core import effects, waiting
 from modelswap.core.leases import Claim, Lease, shares
-from modelswap.core.states import InstanceState
+from modelswap.core.states import InstanceState, Preparedness
 from modelswap.core.world import GatewayRecord, Instance, World
 from modelswap.protocol.messages import (
     Admitted,
@@ -337,6 +337,8 @@ def _stage(world: World, name: str) -> tuple[str, float | None, float | None]:
         return "running", None, None
     swap = world.devices[model.device].swap
     if swap is None or swap.target != name:
+        if not model.prepared and model.preparation.state is Preparedness.UNDER_WAY:
+            return model.preparation.stage or "preparing", model.preparation.fraction, None
         return "queued", None, None
     expected = model.swap_time.value
     if instance is not None and instance.state is InstanceState.STARTING:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from modelswap.core import effects, events, invariants, leasing, swapping, views, waiting
+from modelswap.core import appearing, effects, events, invariants, leasing, preparing, swapping, views, waiting
 from modelswap.core.estimates import Average
 from modelswap.core.facts import DeviceFacts
 from modelswap.core.policy import GateFloor, Policy
 from modelswap.core.snapshot import Snapshot
-from modelswap.core.states import InstanceState
-from modelswap.core.world import DeviceRecord, Instance, ModelRecord, Request, World
+from modelswap.core.states import InstanceState, Preparedness
+from modelswap.core.world import DeviceRecord, Instance, ModelRecord, Preparation, Request, World
 from modelswap.protocol.errors import Code
 from modelswap.protocol.messages import Admitted, Drained, Fault, Forget, Heartbeat, Hello, Usage, Want
 
@@ -36,6 +36,10 @@ class Scheduler:
             events.BringInStage: self._bring_in_stage,
             events.BroughtIn: self._brought_in,
             events.BringInFailed: self._bring_in_failed,
+            events.PrepareStage: self._prepare_stage,
+            events.Prepared: self._prepared,
+            events.PrepareFailed: self._prepare_failed,
+            events.Appeared: self._appeared,
             events.Died: self._died,
             events.PutOut: self._put_out,
             events.PutOutFailed: self._put_out_failed,
@@ -113,6 +117,8 @@ class Scheduler:
             instance = world.instance_of(facts.name)
             if instance is not None and model is old and slots_before != facts.slots:
                 instance.slots = facts.slots
+            if instance is not None and self._being_started(instance, facts.definition):
+                model.preparation = Preparation(state=Preparedness.DONE)  # else it wouldn't be
         for name, device_facts in devices.items():
             device = world.devices.get(name)
             if device is None:
@@ -122,7 +128,7 @@ class Scheduler:
         for instance in [i for i in world.instances.values() if i.state is InstanceState.FAILED]:
             record = world.models.get(instance.model)
             if record is None or record.backoff is None:
-                self._clear_failed(instance)
+                world.clear_failed(instance)
         occupied = {instance.device for instance in world.instances.values()}
         for name in [name for name in world.devices if name not in devices and name not in occupied]:
             del world.devices[name]
@@ -134,7 +140,7 @@ class Scheduler:
     def _adopted(self, event: events.Adopted) -> None:
         world = self._world
         instance = world.add_instance(world.models[event.model], event.instance)
-        instance.definition = event.definition
+        instance.definition, instance.adopted = event.definition, True
         instance.host, instance.port, instance.slots = event.host, event.port, event.slots
         if event.ready:
             world.transition(instance, InstanceState.READY, "adopted")
@@ -205,8 +211,27 @@ class Scheduler:
         instance = self._in(event.instance, InstanceState.STARTING)
         if instance is not None:
             swapping.bring_in_failed(
-                self._world, instance, event.code, event.message, permanent=event.permanent, killed=event.killed
+                self._world,
+                instance,
+                event.code,
+                event.message,
+                permanent=event.permanent,
+                killed=event.killed,
+                unprepared=event.unprepared,
             )
+
+    def _prepare_stage(self, event: events.PrepareStage) -> None:
+        preparing.stage(self._world, event)
+
+    def _prepared(self, event: events.Prepared) -> None:
+        preparing.prepared(self._world, event)
+
+    def _prepare_failed(self, event: events.PrepareFailed) -> None:
+        preparing.failed(self._world, event)
+
+    def _appeared(self, event: events.Appeared) -> None:
+        """Remember it; `_follow_up` decides when that can be done."""
+        self._world.appeared[event.instance] = event
 
     def _died(self, event: events.Died) -> None:
         instance = self._in(event.instance, InstanceState.READY, InstanceState.DRAINING)
@@ -282,6 +307,8 @@ class Scheduler:
             self._open_adopted()
         for instance in [i for i in world.instances.values() if i.gone]:
             swapping.settle(world, instance)
+        appearing.decide(world)
+        preparing.begin(world)
         for device in list(world.devices.values()):
             swapping.advance(world, device)
             swapping.decide(world, device, self._policy)
@@ -312,11 +339,7 @@ class Scheduler:
                 model.backoff = None
                 instance = world.instance_of(name)
                 if instance is not None and instance.state is InstanceState.FAILED:
-                    self._clear_failed(instance)
-
-    def _clear_failed(self, instance: Instance) -> None:
-        self._world.transition(instance, InstanceState.ABSENT, "may be tried again")
-        self._world.remove(instance)
+                    world.clear_failed(instance)
 
     def _open_adopted(self) -> None:
         world = self._world
@@ -342,6 +365,10 @@ class Scheduler:
                 request.previous = held[0].model
             else:
                 waiting.answer_unload(world, request)
+
+    def _being_started(self, instance: Instance, definition: str) -> bool:
+        by_us = instance.state is InstanceState.STARTING and not instance.adopted
+        return by_us and instance.definition == definition
 
     def _alive(self) -> list[Instance]:
         return [i for i in self._world.instances.values() if i.state is not InstanceState.FAILED]

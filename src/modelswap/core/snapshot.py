@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from modelswap.core.states import InstanceState
+from modelswap.core.states import InstanceState, Preparedness
 from modelswap.core.swap import Phase
 
 
@@ -27,7 +27,10 @@ class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
-    """One configured model; ``swap_seconds`` is the moving average of bringing it in, once measured."""
+    """One configured model; ``swap_seconds`` is the moving average of bringing it in, once measured.
+
+    ``prepare_stage`` and ``prepare_fraction`` (0..1, where it can be known) tell how far its ``preparation`` is.
+    """
 
     name: str
     device: str | None
@@ -40,6 +43,9 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     swap_seconds: float | None
     backoff_seconds: float = 0.0
     problem: str = ""
+    preparation: Preparedness = Preparedness.DONE
+    prepare_stage: str = ""
+    prepare_fraction: float | None = None
 
 
 class DeviceView(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""The states of an instance, and the one table of transitions between them."""
+"""The states of an instance, the one table of transitions between them, and whether a model is prepared."""
 
 from __future__ import annotations
 
@@ -37,6 +37,14 @@ TRANSITIONS: Final[dict[InstanceState, frozenset[InstanceState]]] = {
 
 HOLDING: Final = frozenset({_S.STARTING, _S.READY, _S.DRAINING, _S.WAKING, _S.STOPPING})
 """States in which an instance counts in full against its device's memory."""
+
+
+class Preparedness(StrEnum):
+    """Whether what a model's start needs without a device (image, weights, container) has been made ready."""
+
+    NEEDED = "needed"
+    UNDER_WAY = "under way"
+    DONE = "done"
 
 
 class Transition(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ from modelswap.core import effects, leasing, waiting
 from modelswap.core.policy import Policy, Residency
 from modelswap.core.states import InstanceState
 from modelswap.core.swap import Phase, Swap, SwapOutcome
-from modelswap.core.world import Backoff, DeviceRecord, Instance, World
+from modelswap.core.world import Backoff, DeviceRecord, Instance, ModelRecord, Preparation, World
 from modelswap.protocol.errors import Code
 
 _READY = InstanceState.READY
@@ -58,6 +58,9 @@ def advance(world: World, device: DeviceRecord) -> None:
         return
     if swap.phase is Phase.DRAIN:
         _drain(world, device, swap)
+    waits = device.swap is swap and swap.phase is not Phase.IN
+    if waits and swap.target is not None and not waiting.startable(world, device, swap.target):
+        swap.target = None  # the config has changed: who comes in is chosen anew when the device is free
     if device.swap is swap and swap.phase is Phase.OUT:
         _after_out(world, device, swap)
     if device.swap is swap and swap.phase is Phase.RELEASE and not device.dirty and not _addressed(world):
@@ -75,7 +78,8 @@ def next_deadline(world: World, device: DeviceRecord) -> float | None:
 
 
 def adopt_start(world: World, instance: Instance) -> None:
-    """Take up the start of an instance that an earlier orchestrator began."""
+    """Take up the start of an instance that an earlier orchestrator, or somebody else, began."""
+    instance.adopted = True
     device = world.devices[instance.device]
     swap = _new_swap(world, device, instance.model, [], queue=0.0)
     swap.enter(Phase.IN, world.now)
@@ -90,11 +94,12 @@ def brought_in(world: World, instance: Instance) -> None:
     model = world.models.get(instance.model)
     world.transition(instance, _READY, "brought in")
     instance.stage, instance.fraction = "", None
-    if model is not None and swap is not None:
+    if model is not None:
+        model.killed_starts = model.unprepared_starts = 0
+        model.failures = max(model.early_deaths - world.settings.crashes_forgiven, 0)
+    if model is not None and swap is not None and not instance.adopted:
         model.load_time.add(world.now - swap.phase_began)
         model.swap_time.add(world.now - swap.began - swap.phases.get(Phase.DRAIN, 0.0))
-        model.killed_starts = 0
-        model.failures = max(model.early_deaths - world.settings.crashes_forgiven, 0)
     leasing.open_instance(world, instance)
     if swap is not None:
         _end(world, device, SwapOutcome.OK)
@@ -103,21 +108,26 @@ def brought_in(world: World, instance: Instance) -> None:
 
 
 def bring_in_failed(
-    world: World, instance: Instance, code: Code, message: str, *, permanent: bool, killed: bool
+    world: World, instance: Instance, code: Code, message: str, *, permanent: bool, killed: bool, unprepared: bool
 ) -> None:
     """Refuse whoever waits for a model that would not start, and leave it alone for a while.
 
-    One that was ``killed`` from outside is tried again for the same waiters, at most ``kills_forgiven`` times.
+    One that was ``killed`` from outside is tried again for the same waiters, at most ``kills_forgiven`` times. One
+    that found itself ``unprepared`` is prepared once more first, at most ``unprepared_forgiven`` times.
     """
     device = world.devices[instance.device]
     device.stuck = ""
     world.transition(instance, InstanceState.FAILED, message.partition("\n")[0])
     _soil(device, instance)
     model = world.models.get(instance.model)
-    if killed and model is not None and model.killed_starts < world.settings.kills_forgiven:
+    if model is None or model.facts.definition != instance.definition:
+        world.clear_failed(instance)  # which says nothing about the definition that holds now
+    elif killed and model.killed_starts < world.settings.kills_forgiven:
         model.killed_starts += 1
-    else:
+    elif not _mended(world, model, unprepared=unprepared):
         back_off(world, instance.model, code, message, permanent=permanent)
+    else:
+        world.clear_failed(instance)
     _end(world, device, SwapOutcome.FAILED, message)
 
 
@@ -185,6 +195,17 @@ def release_failed(world: World, device: DeviceRecord, message: str) -> None:
     _refuse_device(world, device, Code.MEMORY_NOT_RELEASED, message)
 
 
+def visited(world: World, device: DeviceRecord, guest: ModelRecord) -> None:
+    """Note that somebody else's engine may have memory there: it must be seen to be back before the next start."""
+    if device.private:
+        return
+    before = device.dirty
+    device.dirty += max(min(guest.facts.demand, world.room(device)), 0)
+    swap = device.swap
+    if device.dirty and not before and swap is not None and swap.phase is Phase.RELEASE:
+        _verify(world, device, swap.target or guest.facts.name)
+
+
 def cancel_start(world: World, instance: Instance) -> None:
     """Stop an instance that is being started."""
     world.transition(instance, InstanceState.STOPPING, "no longer wanted")
@@ -217,6 +238,16 @@ def _to_unload(world: World, instance: Instance) -> bool:
     return any(request.model in (None, instance.model) for request in world.unloads.values())
 
 
+def _mended(world: World, model: ModelRecord, *, unprepared: bool) -> bool:
+    """Have a model that was found ``unprepared`` prepared again; return whether its waiters are kept for that."""
+    if not unprepared or not model.facts.prepare:
+        return False
+    if model.prepared:
+        model.preparation = Preparation()
+    model.unprepared_starts += 1
+    return model.unprepared_starts <= world.settings.unprepared_forgiven
+
+
 def _new_swap(world: World, device: DeviceRecord, target: str | None, victims: list[Instance], queue: float) -> Swap:
     device.swap = Swap(
         device=device.name,
@@ -243,7 +274,7 @@ def _begin(world: World, device: DeviceRecord, target: str | None, victims: list
 
 def _drain(world: World, device: DeviceRecord, swap: Swap) -> None:
     draining = [world.instances[v] for v in swap.victims if v in world.instances]
-    if swap.target is not None and draining and not world.waiting.line(swap.target).count:
+    if swap.target is not None and draining and not waiting.eligible(world, device, swap.target):
         following = waiting.contender(world, device)
         if following is not None and all(victim.model != following.model for victim in draining):
             swap.target = following.model
@@ -269,6 +300,8 @@ def _open_again(world: World, device: DeviceRecord, draining: list[Instance]) ->
     """Undo a swap that nobody waits for any more, before anything was stopped."""
     for victim in draining:
         world.transition(victim, _READY, "nobody waits for another any more")
+        if victim.model in world.models:
+            world.models[victim.model].backoff = None  # it couldn't be prepared meanwhile, but needn't be
         leasing.open_instance(world, victim)
         waiting.answer_ensures(world, victim, "resident", None)
     _end(world, device, SwapOutcome.CANCELLED)
@@ -282,8 +315,7 @@ def _after_out(world: World, device: DeviceRecord, swap: Swap) -> None:
         return
     swap.enter(Phase.RELEASE, world.now)
     if device.dirty:
-        holders = tuple(i.id for i in world.on_device(device.name))
-        world.emit(effects.VerifyReleased(device=device.name, model=swap.target, holders=holders))
+        _verify(world, device, swap.target)
 
 
 def _bring_in(world: World, device: DeviceRecord, swap: Swap) -> None:
@@ -291,7 +323,7 @@ def _bring_in(world: World, device: DeviceRecord, swap: Swap) -> None:
     if following is None:
         _end(world, device, SwapOutcome.CANCELLED)
         return
-    if swap.target is None or not world.waiting.line(swap.target).count:
+    if swap.target is None or not waiting.eligible(world, device, swap.target):
         swap.target = following.model
     swap.enter(Phase.IN, world.now)
     world.starts += 1
@@ -300,6 +332,11 @@ def _bring_in(world: World, device: DeviceRecord, swap: Swap) -> None:
     world.transition(instance, InstanceState.STARTING, f"swap from {swap.source}" if swap.source else "wanted")
     _emit_bring_in(world, instance, adopted=False)
     world.progress_at = world.now
+
+
+def _verify(world: World, device: DeviceRecord, model: str) -> None:
+    holders = tuple(i.id for i in world.on_device(device.name))
+    world.emit(effects.VerifyReleased(device=device.name, model=model, holders=holders))
 
 
 def _emit_bring_in(world: World, instance: Instance, *, adopted: bool) -> None:

@@ -10,6 +10,7 @@ from modelswap.core.snapshot import (
     Snapshot,
     SwapView,
 )
+from modelswap.core.states import Preparedness
 from modelswap.core.world import DeviceRecord, Instance, ModelRecord, World
 
 
@@ -65,6 +66,9 @@ def _model(world: World, model: ModelRecord, now: float) -> ModelView:
         swap_seconds=model.swap_time.value,
         backoff_seconds=max(model.backoff.until - now, 0.0) if model.backoff is not None else 0.0,
         problem=model.backoff.message if model.backoff is not None else "",
+        preparation=Preparedness.DONE if model.prepared else model.preparation.state,
+        prepare_stage=model.preparation.stage,
+        prepare_fraction=model.preparation.fraction,
     )
 
 

@@ -112,21 +112,30 @@ def answer_unload(world: World, request: Request) -> None:
 
 
 def contender(world: World, device: DeviceRecord) -> Contender | None:
-    """Return the model on this device whose turn is next: the oldest waiter for one that isn't resident."""
+    """Return the model whose turn is next: of those that could come in on this device, the one that waits longest."""
     best: Ticket | None = None
     for name in world.waiting.models():
-        model = world.models.get(name)
-        if model is None or model.device != device.name or model.backoff is not None:
-            continue
-        instance = world.instance_of(name)
-        if instance is not None and instance.resident:
-            continue
-        head = world.waiting.head(name)
+        head = world.waiting.head(name) if eligible(world, device, name) else None
         if head is not None and (best is None or head.rank < best.rank):
             best = head
     if best is None:
         return None
     return Contender(model=best.model, rank=best.rank, arrived=best.arrived, urgent=best.urgent)
+
+
+def eligible(world: World, device: DeviceRecord, name: str) -> bool:
+    """Return whether somebody waits for a model that could come in on this device now."""
+    model = world.models.get(name)
+    if model is None or model.backoff is not None or not startable(world, device, name):
+        return False
+    instance = world.instance_of(name)
+    return world.waiting.line(name).count > 0 and not (instance is not None and instance.resident)
+
+
+def startable(world: World, device: DeviceRecord, name: str) -> bool:
+    """Return whether a model is configured for this device, and prepared."""
+    model = world.models.get(name)
+    return model is not None and model.device == device.name and model.prepared
 
 
 def estimate(world: World, model: ModelRecord) -> float:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from modelswap.core import effects
+from modelswap.core import effects, events
 from modelswap.core.estimates import Average, Pace
 from modelswap.core.facts import DeviceFacts, ModelFacts, Settings
 from modelswap.core.leases import Lease
@@ -16,6 +16,7 @@ from modelswap.core.states import (
     TRANSITIONS,
     ForbiddenTransitionError,
     InstanceState,
+    Preparedness,
     Transition,
 )
 from modelswap.core.swap import Swap
@@ -50,6 +51,8 @@ class Instance:
     probing: bool = False
     contended: bool = False
     """Gateways have been told that somebody waits for another model."""
+    adopted: bool = False
+    """It was started by an earlier orchestrator, or by somebody else."""
     stage: str = ""
     fraction: float | None = None
     story: deque[Transition] = field(default_factory=lambda: deque(maxlen=32))
@@ -81,11 +84,21 @@ class Backoff:
 
 
 @dataclass(slots=True, kw_only=True)
+class Preparation:
+    """How far a model's preparing is; ``fraction`` (0..1) of ``stage``, where it can be known."""
+
+    state: Preparedness = Preparedness.NEEDED
+    stage: str = ""
+    fraction: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
 class ModelRecord:
     """A configured model and what was learned about it."""
 
     facts: ModelFacts
     device: str
+    preparation: Preparation = field(default_factory=Preparation)
     swap_time: Average = field(default_factory=Average)
     load_time: Average = field(default_factory=Average)
     pace: Pace = field(default_factory=lambda: Pace(Average()))
@@ -94,8 +107,15 @@ class ModelRecord:
     """Failed starts in a row, and early deaths beyond those that are forgiven."""
     killed_starts: int = 0
     """Starts in a row that were killed from outside, and repeated."""
+    unprepared_starts: int = 0
+    """Starts in a row that found something missing which had been prepared, and were repeated."""
     early_deaths: int = 0
     """Deaths soon after coming in, in a row."""
+
+    @property
+    def prepared(self) -> bool:
+        """Whether a start may begin: all that it needs and that needs no device is there."""
+        return not self.facts.prepare or self.preparation.state is Preparedness.DONE
 
 
 @dataclass(slots=True, kw_only=True)
@@ -151,6 +171,8 @@ class World:
     waiting: WaitingRoom = field(default_factory=WaitingRoom)
     ensures: dict[int, Request] = field(default_factory=dict)
     unloads: dict[int, Request] = field(default_factory=dict)
+    appeared: dict[str, events.Appeared] = field(default_factory=dict)
+    """What others have started and we haven't decided about, by instance."""
     begun: bool = False
     begin_deadline: float | None = None
     expected: set[str] = field(default_factory=set)
@@ -222,6 +244,11 @@ class World:
         del self.instances[instance.id]
         if self.by_model.get(instance.model) == instance.id:
             del self.by_model[instance.model]
+
+    def clear_failed(self, instance: Instance) -> None:
+        """Forget an instance that has failed."""
+        self.transition(instance, InstanceState.ABSENT, "may be tried again")
+        self.remove(instance)
 
     def transition(self, instance: Instance, after: InstanceState, cause: str) -> None:
         """Change an instance's state; raises `ForbiddenTransitionError`, which is a bug."""
