@@ -64,6 +64,78 @@ def test_check_warns_about_what_looks_wrong(command: Run, tmp_path: Path) -> Non
         assert f"warning: {expected}" in ran.out
 
 
+CONTAINERS = """
+models:
+  here: {engine: custom, command: [%s, "{port}"]}
+  old: {container: mistral-llm, model: org/mistral, memory: 5GiB}
+  svc: {compose_service: coder-llm, model: org/coder, memory: 5GiB}
+  new: {image: "vllm/vllm-openai:v1", model: org/llava}
+"""
+
+ODD_CONTAINERS = """
+models:
+  a: {container: mistral-llm}
+  b: {image: i, model: /models/x, volumes: ["/srv:/srv"]}
+  c: {image: i, model: m, args: [-tp, 2], gpus: [0]}
+  d: {image: i, model: m, gpus: none}
+  e: {engine: custom, image: i, command: [serve]}
+docker: {host: "tcp://10.1.2.3:2375"}
+"""
+
+
+def test_check_says_what_hosts_each_model(command: Run, tmp_path: Path) -> None:
+    """A process, a container, a compose service, an image; nothing of them is looked for on this machine."""
+    file = tmp_path / "m.yaml"
+    file.write_text(CONTAINERS % sys.executable)
+    ran = command("check", "-c", str(file))
+    assert ran.code == 0 and "warning" not in ran.out
+    rows = {line.split()[0]: line for line in ran.out.splitlines() if line.split()}
+    assert " a process " in rows["here"] and " container mistral-llm " in rows["old"]
+    assert " compose service coder-llm " in rows["svc"] and " image vllm/vllm-openai:v1 " in rows["new"]
+
+
+def test_check_warns_about_containers_that_look_wrong(
+    command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that nobody can tell, weights that no volume brings, too few GPUs, an open Docker: each is named."""
+    monkeypatch.delenv("DOCKER_TLS_VERIFY", raising=False)
+    file = tmp_path / "m.yaml"
+    file.write_text(ODD_CONTAINERS)
+    warned = [line for line in command("check", "-c", str(file)).out.splitlines() if line.startswith("warning: ")]
+    expected = (
+        "docker.host is tcp://10.1.2.3:2375: without TLS",
+        "models.a: say what its container takes of the GPU",
+        "models.b: no volume puts /models/x into its container",
+        "models.c: --tensor-parallel-size 2 needs 2 GPUs, and 'gpus' names 1",
+        "models.d: gpus: none with device: gpu",
+        "models.e: its command has no {port}, so it can't listen where modelswap expects it: add {port}, or say its",
+    )
+    assert len(warned) == len(expected)
+    assert all(line.startswith(f"warning: {start}") for line, start in zip(warned, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "warned"),
+    [
+        ("{host: 'tcp://127.0.0.1:2375'}", False),
+        ("{host: 'tcp://[::1]:2375'}", False),
+        ("{host: 'tcp://docker-proxy:2375'}", False),
+        ("{host: 'unix:///run/docker.sock'}", False),
+        ("{host: 'tcp://gpu.example.org:2375'}", True),
+    ],
+)
+def test_check_knows_a_docker_that_only_we_reach(
+    command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, warned: bool
+) -> None:
+    """Loopback, a socket and a compose project's own proxy are as they should be; TLS makes the rest so."""
+    monkeypatch.delenv("DOCKER_TLS_VERIFY", raising=False)
+    file = tmp_path / "m.yaml"
+    file.write_text(CONTAINERS % sys.executable + f"docker: {given}")
+    assert ("docker.host" in command("check", "-c", str(file)).out) is warned
+    monkeypatch.setenv("DOCKER_TLS_VERIFY", "1")
+    assert "docker.host" not in command("check", "-c", str(file)).out
+
+
 def test_check_lists_every_problem_and_ends_with_2(command: Run, tmp_path: Path) -> None:
     """A wrong file is an error that names file, line and key."""
     file = tmp_path / "m.yaml"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
+import os
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
 
 from rich import box
 from rich.console import Console
@@ -14,10 +16,12 @@ from rich.text import Text
 from modelswap.cli import addresses
 from modelswap.cli.settings import load_config
 from modelswap.cli.words import NONE
+from modelswap.engines import options
 from modelswap.engines.base import Address
 from modelswap.engines.registry import engine_for
 from modelswap.orchestrator.state import state_dir
 from modelswap.protocol.errors import ModelswapError
+from modelswap.spec import volumes
 from modelswap.spec.config import Config, Model
 
 
@@ -34,13 +38,14 @@ def check(path: Path) -> None:
 def summary(config: Config) -> Table:
     """Return the models and addresses as a table."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("model", "engine", "loads", "device", "slots", "also called"):
+    for name in ("model", "engine", "loads", "runs in", "device", "slots", "also called"):
         table.add_column(name, overflow="fold", justify="right" if name == "slots" else "left")
     for name, model in config.models.items():
         slots = model.concurrency or engine_for(model.engine).slots(model)
         others = ", ".join([*model.aliases, *model.adapters])
         table.add_row(
-            Text(name, "bold"), model.engine, Text(_loads(model)), model.device, str(slots), Text(others or NONE)
+            *(Text(name, "bold"), model.engine, Text(_loads(model)), Text(host_of(model)), model.device, str(slots)),
+            Text(others or NONE),
         )
     table.caption = (
         f"gateway {addresses.url(config.gateway.host, config.gateway.port)} "
@@ -50,6 +55,15 @@ def summary(config: Config) -> Table:
     )
     table.caption_justify = "left"
     return table
+
+
+def host_of(model: Model) -> str:
+    """Return in words what hosts a model."""
+    if model.container is not None:
+        return f"container {model.container}"
+    if model.compose_service is not None:
+        return f"compose service {model.compose_service}"
+    return "a process" if model.image is None else f"image {model.image}"
 
 
 def _loads(model: Model) -> str:
@@ -73,11 +87,48 @@ def warnings(config: Config) -> Iterator[str]:
             f"scheduling.max_wait ({scheduling.max_wait:g} s) is not below scheduling.queue_timeout "
             f"({scheduling.queue_timeout:g} s): requests would time out before their model's turn"
         )
+    if _open_docker(config.docker.host):
+        yield (
+            f"docker.host is {config.docker.host}: without TLS, whoever reaches it is root on that machine; use "
+            "a socket that is forwarded (ssh -NL), or set DOCKER_TLS_VERIFY and DOCKER_CERT_PATH"
+        )
     for name, model in config.models.items():
         yield from (f"models.{name}: {warning}" for warning in _model_warnings(name, model))
 
 
+def _open_docker(host: str | None, env: Mapping[str, str] = os.environ) -> bool:
+    if host is None or not host.startswith("tcp://") or env.get("DOCKER_TLS_VERIFY"):
+        return False
+    name = host.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    try:
+        return not ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        # A name may lead to a proxy of the same compose project, which is how it should be.
+        return "." in name
+
+
 def _model_warnings(name: str, model: Model) -> Iterator[str]:
+    match model.runtime:
+        case "process":
+            yield from _process_warnings(name, model)
+        case "managed":
+            yield from _image_warnings(name, model)
+        case "adopted":
+            if model.engine == "vllm" and model.memory is None and model.device == "gpu":
+                yield "say what its container takes of the GPU (memory: 20GiB), so that it is started only if that fits"
+    if model.runtime != "adopted" and model.engine == "custom" and _lacks_port(model):
+        or_say = ", or say its 'port'" if model.runtime == "managed" else ""
+        yield f"its command has no {{port}}, so it can't listen where modelswap expects it: add {{port}}{or_say}"
+
+
+def _lacks_port(model: Model) -> bool:
+    if model.runtime == "managed" and (model.port is not None or not model.command):
+        return False
+    words = [*(model.command or ()), *model.args, *model.env.values()]
+    return bool(model.command) and not any("{port}" in word for word in words)
+
+
+def _process_warnings(name: str, model: Model) -> Iterator[str]:
     try:
         launch = engine_for(model.engine).launch(name, model, Address("127.0.0.1", 1))
     except ModelswapError as error:
@@ -92,7 +143,15 @@ def _model_warnings(name: str, model: Model) -> Iterator[str]:
         yield f"cwd {launch.cwd} is not a folder: make it, or name another"
     if model.model and model.model.startswith(("/", "~", "./")) and not Path(model.model).expanduser().exists():
         yield f"there is no {model.model}: mend the path, or download the model to it"
-    if model.engine == "custom" and model.command and not any("{port}" in part for part in model.command):
-        env_has = any("{port}" in value for value in model.env.values())
-        if not env_has:
-            yield "its command has no {port}, so it can't listen where modelswap expects it: add {port}"
+
+
+def _image_warnings(name: str, model: Model) -> Iterator[str]:
+    targets = [PurePosixPath(volumes.parse(text).target) for text in model.volumes]
+    loads = model.model if model.engine != "custom" else None
+    if loads and loads.startswith("/") and not any(PurePosixPath(loads).is_relative_to(target) for target in targets):
+        yield f"no volume puts {loads} into its container: add one to 'volumes', unless the image has it"
+    parallel = options.whole(options.value(model.args, "--tensor-parallel-size", "-tp")) or 1
+    if model.engine == "vllm" and parallel > 1 and isinstance(model.gpus, list) and len(model.gpus) < parallel:
+        yield f"--tensor-parallel-size {parallel} needs {parallel} GPUs, and 'gpus' names {len(model.gpus)}"
+    if model.device == "gpu" and model.gpus == "none" and not model.devices:
+        yield "gpus: none with device: gpu takes a turn on a GPU that it can't see: say device: none, or gpus: auto"
