@@ -6,20 +6,14 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import aiodocker
-import structlog
 
 from modelswap.protocol.errors import Code, ModelswapError
 from modelswap.runtimes.docker import api
+from modelswap.runtimes.docker.compose import NUMBER, ONE_OFF, PROJECT, SERVICE
 from modelswap.runtimes.docker.surroundings import Surroundings
 from modelswap.spec.config import Model
 
-PROJECT: Final = "com.docker.compose.project"
-SERVICE: Final = "com.docker.compose.service"
-_NUMBER: Final = "com.docker.compose.container-number"
-_ONE_OFF: Final = "com.docker.compose.oneoff"
 _TRIES: Final = 5
-
-_log = structlog.get_logger(__name__)
 
 
 class NoSuchContainer(ModelswapError):
@@ -32,12 +26,6 @@ class Ambiguous(ModelswapError):
     """Several containers fit what an adopted model's config says."""
 
     code = Code.MODEL_BROKEN
-
-
-def compose_of(inspected: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the compose project and service of an inspected container, both empty if compose didn't make it."""
-    labels = inspected.get("Config", {}).get("Labels") or {}
-    return str(labels.get(PROJECT, "")), str(labels.get(SERVICE, ""))
 
 
 async def find_adopted(
@@ -90,7 +78,7 @@ async def _of_service(docker: aiodocker.Docker, service: str, project: str) -> l
         docker, "GET", "containers/json", params={"all": "1", "filters": api.filters(label=labels)}
     )
     # `docker compose run` makes containers of the service, too.
-    return [each for each in listed if each["Labels"].get(_ONE_OFF, "False").lower() != "true"]
+    return [each for each in listed if each["Labels"].get(ONE_OFF, "False").lower() != "true"]
 
 
 def _choose(name: str, service: str, listed: list[dict[str, Any]]) -> dict[str, Any]:
@@ -100,7 +88,7 @@ def _choose(name: str, service: str, listed: list[dict[str, Any]]) -> dict[str, 
             f"model {name}: several compose projects have a service {service}: {', '.join(projects)}; say which with"
             " docker.project in the config"
         )
-    if len({each["Labels"].get(_NUMBER, "1") for each in listed}) > 1:
+    if len({each["Labels"].get(NUMBER, "1") for each in listed}) > 1:
         names = ", ".join(sorted(each["Names"][0].lstrip("/") for each in listed))
         raise Ambiguous(
             f"model {name}: compose service {service} has several containers: {names}; scale it to 1, or name one with"
