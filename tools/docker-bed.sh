@@ -117,7 +117,11 @@ start_daemon
 export DOCKER_CONFIG=$config
 install_compose
 import_base
-bash tools/docker-image.sh "$python" "${MODELSWAP_TEST_IMAGE:-modelswap:latest}" "$base"
-docker build -q --build-arg "IMAGE=${MODELSWAP_TEST_IMAGE:-modelswap:latest}" \
-  -t "${MODELSWAP_TEST_ENGINE:-modelswap-engine:latest}" tests/docker/image >/dev/null
+image=${MODELSWAP_TEST_IMAGE:-modelswap:latest}
+bash tools/docker-image.sh "$python" "$image" "$base"
+build() { docker build -q --build-arg "http_proxy=${http_proxy:-$(proxy)}" "$@" tests/docker/image >/dev/null; }
+build --build-arg "IMAGE=$image" -t "${MODELSWAP_TEST_ENGINE:-modelswap-engine:latest}"
+haproxy=(--build-arg "BASE=$base" -t "${MODELSWAP_TEST_PROXY:-modelswap-haproxy:latest}" -f tests/docker/image/haproxy.Dockerfile)
+# Where containers have no network, the machine's own may do.
+build "${haproxy[@]}" || build --network host "${haproxy[@]}" || fail "haproxy can't be installed into an image (see above)"
 echo "==> Docker $(docker version --format '{{.Server.Version}}'), Compose $(docker compose version --short)"
