@@ -1,0 +1,1 @@
+"""The runtime that hosts engines in containers, over the Docker Engine API."""
