@@ -1,0 +1,128 @@
+"""Where the Hugging Face cache is, and the environment of a download."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from modelswap.engines import options
+from modelswap.spec import config
+from modelswap.spec.config import Model
+from modelswap.spec.volumes import parse
+
+HUB: Final = "https://huggingface.co"
+
+Seen = Callable[[str], Path | None]
+"""Tells where we see a folder of Docker's machine or a volume; None: we don't."""
+
+_HOME: Final = PurePosixPath("/root/.cache/huggingface")
+"""Where the cache is in a container, unless its variables say otherwise."""
+_CACHES: Final = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE")
+_HUBS: Final = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
+_PLACES: Final = (
+    *_CACHES, "HF_HOME", "HF_TOKEN_PATH", "XDG_CACHE_HOME", "HOME",
+    "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
+)  # fmt: skip
+_TOKENS: Final = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_OURS_ALONE: Final = ("MODELSWAP_TOKEN",)
+_OF_THE_HUB: Final = re.compile(
+    r"HF_\w+|HUGGING_?FACE_\w+|TRANSFORMERS_OFFLINE|(?:https?|all|no)_proxy|(?:HTTPS?|ALL|NO)_PROXY"
+)
+_VARIABLE: Final = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
+
+
+def on_host() -> bool:
+    """Return whether we run on Docker's machine itself, as far as can be seen from here, and not in a container."""
+    return not any(Path(mark).exists() for mark in ("/.dockerenv", "/run/.containerenv"))
+
+
+def as_on_host(source: str) -> Path | None:
+    """`Seen` on Docker's machine: its folders are ours, its volumes aren't; in a container neither is."""
+    return Path(source) if source.startswith("/") and on_host() else None
+
+
+def environment(
+    spec: Model, env: Mapping[str, str] = os.environ, cache: Path | None = None, *, seen: Seen = as_on_host
+) -> dict[str, str] | None:
+    """Return the environment in which a model's weights are downloaded; it holds secrets.
+
+    It is ``env``, and on top of it what the model's own ``env`` says about the hub: token, endpoint, offline mode,
+    proxies, and its folders if the engine is a process of ours. A token in the engine's arguments goes first.
+
+    ``cache`` is the folder, as we see it, that is mounted as ``HF_HOME`` into containers; None: our own. Returns None
+    for a container that has a cache of its own which isn't ``seen`` by us.
+    """
+    found = {name: value for name, value in env.items() if name not in _OURS_ALONE}
+    own = {name: value for name, value in spec.env.items() if _OF_THE_HUB.fullmatch(name) or name in _PLACES}
+    if spec.runtime != "process":
+        own = {name: value for name, value in own.items() if name not in _PLACES}
+        mounted = _mounted(spec, seen)
+        if mounted is None:
+            return None
+        if mounted or cache is not None:
+            own["HF_TOKEN_PATH"] = found.get("HF_TOKEN_PATH") or str(_home(found) / "token")
+            found = {name: value for name, value in found.items() if name not in _CACHES}
+            own |= {"HF_HUB_CACHE": str(mounted[0])} if mounted else {"HF_HOME": str(cache)}
+    token = options.value(spec.args, "--hf-token")
+    if token and not token.startswith("-"):
+        own["HF_TOKEN"] = token
+    if any(own.get(name) for name in _TOKENS):
+        found = {name: value for name, value in found.items() if name not in _TOKENS}
+    found |= own
+    if not is_public(found):
+        # Others need not speak Xet; and a plain download can be taken up again in the middle of a file.
+        found.setdefault("HF_HUB_DISABLE_XET", "1")
+    return found
+
+
+def shared_home(docker: config.Docker, *, seen: Seen = as_on_host) -> Path | None:
+    """Return the folder that ``docker.hf_cache`` names, as we see it; None if it names none: our own is meant.
+
+    In a container we take it that the same volume or folder is mounted at our own ``HF_HOME``.
+    """
+    return None if docker.hf_cache is None else seen(docker.hf_cache)
+
+
+def hub_cache(env: Mapping[str, str]) -> Path:
+    """Return the folder of repositories, as huggingface_hub 2.4 finds it (its `constants.py`)."""
+    for name in _HUBS:
+        if name in env:
+            return _expanded(env[name], env)
+    return _home(env) / "hub"
+
+
+def is_public(env: Mapping[str, str]) -> bool:
+    """Return whether huggingface.co itself is asked, and not another server that ``HF_ENDPOINT`` names."""
+    return env.get("HF_ENDPOINT", HUB).rstrip("/") == HUB
+
+
+def secrets(env: Mapping[str, str]) -> list[str]:
+    """Return what must not be told to anybody."""
+    return [env[name] for name in _TOKENS if env.get(name)]
+
+
+def _home(env: Mapping[str, str]) -> Path:
+    default = str(Path(env.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    return _expanded(env.get("HF_HOME", default), env)
+
+
+def _expanded(text: str, env: Mapping[str, str]) -> Path:
+    if text == "~" or text.startswith("~/"):
+        text = env.get("HOME", str(Path("~").expanduser())) + text[1:]
+    return Path(_VARIABLE.sub(lambda match: env.get(match[1] or match[2], match[0]), text))
+
+
+def _mounted(spec: Model, seen: Seen) -> tuple[Path, ...] | None:
+    """Return where a container has a cache of its own: nothing if it has none, None if we can't see it."""
+    home = PurePosixPath(spec.env.get("HF_HOME", str(_HOME)))
+    hub = next((PurePosixPath(spec.env[name]) for name in _HUBS if name in spec.env), home / "hub")
+    volumes = [volume for volume in map(parse, spec.volumes) if hub.is_relative_to(volume.target)]
+    if volumes:
+        nearest = max(volumes, key=lambda volume: len(PurePosixPath(volume.target).parts))
+        source = seen(nearest.source)
+        return None if source is None else (source / hub.relative_to(nearest.target),)
+    named = any(name in spec.env for name in (*_HUBS, "HF_HOME"))
+    return None if named and spec.runtime == "managed" else ()

@@ -1,0 +1,210 @@
+"""What a model loads from the Hugging Face hub; pure.
+
+vLLM alone loads what we download: llama.cpp's ``-hf`` has a cache of its own, and ``custom`` commands and the embedded
+engine see to their own weights. The same files are taken as by vLLM (read in its sources of 2026,
+`model_executor/model_loader/default_loader.py` and `weight_utils.py`):
+
+- of ``consolidated*.safetensors`` (Mistral's own format), ``*.safetensors``, ``*.bin``, ``*.pt`` the first that the
+  repository has at its top, and all files of that kind; ``--load-format`` and ``--ignore-patterns`` narrow that;
+- configuration and tokenizer: everything small that is no weights;
+- all of a LoRA adapter's repository; a draft model's (``--speculative-config``) like the model's own.
+
+Not seen: what a file given with ``--config`` says, and LoRA modules that are loaded at run time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Final
+
+import msgspec
+
+from modelswap.engines import options, programs
+from modelswap.spec.config import Model
+
+MAIN: Final = "main"
+"""The revision that is meant if none is named."""
+ALL: Final = ("*",)
+"""A repository's every file."""
+
+_IGNORED: Final = ("original/**/*",)
+# Never read, however small.
+_ASIDE: Final = ("original/*", "onnx/*", "openvino/*", "coreml/*", "metal/*")
+_SMALL: Final = (
+    "*.json", "*.jinja", "*.txt", "*.py", "*.yaml", "*.model", "*tokenizer.model*", "*.tiktoken", "*.spm", "*.vocab",
+)  # fmt: skip
+_SAFETENSORS: Final = ("*.safetensors",)
+_AUTO: Final = ("consolidated*.safetensors", "*.safetensors", "*.bin", "*.pt")
+_FORMATS: Final[dict[str, tuple[str, ...]]] = {
+    "auto": _AUTO,
+    "hf": _AUTO[1:],
+    "safetensors": _SAFETENSORS,
+    "fastsafetensors": _SAFETENSORS,
+    "instanttensor": _SAFETENSORS,
+    "runai_streamer": _SAFETENSORS,
+    "sharded_state": _SAFETENSORS,
+    "bitsandbytes": _AUTO[1:],
+    "mistral": _AUTO[:1],
+    "pt": ("*.pt",),
+    "npcache": ("*.bin",),
+}
+# They read weights from elsewhere, or need none.
+_ELSEWHERE: Final = frozenset({"dummy", "tensorizer", "runai_streamer_sharded"})
+
+# huggingface_hub's rule (`utils/_validators.py`), and what looks like a path is none.
+_ID: Final = re.compile(r"(?=.{1,96}$)(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9_][\w.-]*(?:/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+_GGUF: Final = re.compile(r"(?P<repo>[^/:]+/[^/:]+)(?:/(?P<file>.+\.gguf)|:(?P<quant>\w+))")
+
+
+class Repo(msgspec.Struct, frozen=True, kw_only=True):
+    """A repository, and which of its files are loaded.
+
+    ``weights`` are patterns of which the first that matches a file at the top counts, or all of them if none does;
+    empty if its weights aren't loaded. Those that match ``ignore`` are left out. ``extra`` is taken besides. ``folder``
+    is the cache folder that the engine was told to keep it in, None for the usual one.
+    """
+
+    repo: str
+    revision: str | None = None
+    weights: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = _IGNORED
+    extra: tuple[str, ...] = _SMALL
+    folder: str | None = None
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """All that a model loads from the hub; the model's own repository comes first."""
+
+    model: str
+    repos: tuple[Repo, ...]
+
+
+def wanted(
+    name: str,
+    spec: Model,
+    *,
+    mounted: bool = False,
+    local: Callable[[str, Model], object] = programs.local,
+) -> Wanted | None:
+    """Return what is to be downloaded ahead of a start of the model; None if nothing is for us to download.
+
+    ``mounted`` says that the container that somebody else made (``container``, ``compose_service``) shares our cache.
+    ``local`` finds a text as a file or folder, for engines that are our processes.
+    """
+    if spec.engine != "vllm" or (spec.runtime == "adopted" and not mounted) or _from_modelscope(spec):
+        return None
+    folder = options.value(spec.args, "--download-dir")
+    if folder is not None and spec.runtime != "process":
+        return None  # it is a folder of the container's own
+    here = local if spec.runtime == "process" else _nothing_here
+    repos = [repo for repo in _repos(spec) if hub_id(repo.repo) and not here(repo.repo, spec)]
+    return Wanted(name, tuple(dict.fromkeys(repos))) if repos else None
+
+
+def choose(repo: Repo, names: Iterable[str]) -> list[str]:
+    """Return which of a repository's files are loaded, in their order."""
+    names = list(names)
+    top = [name for name in names if "/" not in name]
+    first = next((each for each in repo.weights if any(_matches(name, (each,)) for name in top)), None)
+    weights = repo.weights if first is None else (first,)
+    aside = () if repo.extra == ALL else _ASIDE
+    return [
+        name
+        for name in names
+        if (_matches(name, weights) and not _matches(name, repo.ignore))
+        or (_matches(name, repo.extra) and not _matches(name, aside))
+    ]
+
+
+def is_weights(repo: Repo, name: str) -> bool:
+    """Return whether a file that was chosen is one of the weights."""
+    return _matches(name, repo.weights)
+
+
+def hub_id(text: str) -> bool:
+    """Return whether ``text`` can be the id of a repository, ``org/name`` or ``name``."""
+    return _ID.fullmatch(text) is not None
+
+
+def _nothing_here(text: str, spec: Model) -> object:
+    return None
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _from_modelscope(spec: Model) -> bool:
+    return spec.env.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true")
+
+
+def _repos(spec: Model) -> Iterator[Repo]:
+    args = spec.args
+    revision, folder = options.value(args, "--revision"), options.value(args, "--download-dir")
+    ignore = tuple(_listed(args, "--ignore-patterns")) or _IGNORED
+    text, weights = _gguf(spec.model or options.value(args, "--model") or "")
+    model = Repo(repo=text, revision=revision, weights=weights or _format(args), ignore=ignore)
+    if folder is not None and model.weights:
+        # vLLM keeps weights, and the index and configuration that it reads with them, in that folder.
+        yield msgspec.structs.replace(model, extra=("*.json",), folder=folder)
+        model = msgspec.structs.replace(model, weights=())
+    yield model
+    if (tokenizer := options.value(args, "--tokenizer")) is not None:
+        yield Repo(repo=tokenizer, revision=options.value(args, "--tokenizer-revision") or revision)
+    if (config := options.value(args, "--hf-config-path")) is not None:
+        yield Repo(repo=config)
+    if (draft := _draft(args)) is not None:
+        yield draft
+    for module in _listed(args, "--lora-modules"):
+        path = _json(module).get("path") if module.startswith("{") else module.partition("=")[2]
+        if isinstance(path, str):
+            yield Repo(repo=path, extra=ALL)
+
+
+def _gguf(text: str) -> tuple[str, tuple[str, ...]]:
+    """Return the repository and the patterns of ``org/name:QUANT`` and ``org/name/file.gguf``; else no patterns."""
+    match = _GGUF.fullmatch(text)
+    if match is None:
+        return text, ()
+    quant = match["quant"]
+    return match["repo"], (match["file"],) if match["file"] else (f"*-{quant}.gguf", f"*-{quant}-*.gguf")
+
+
+def _format(args: Sequence[str]) -> tuple[str, ...]:
+    given = (options.value(args, "--load-format") or "auto").lower()
+    return () if given in _ELSEWHERE else _FORMATS.get(given, _AUTO)
+
+
+def _draft(args: Sequence[str]) -> Repo | None:
+    settings = _json(options.value(args, "--speculative-config", "-sc") or "")
+    repo = settings.get("model") or options.value(args, "--speculative-config.model")
+    revision = settings.get("revision") or options.value(args, "--speculative-config.revision")
+    # Methods without a draft model are named in the model's place.
+    if not isinstance(repo, str) or repo in ("ngram", "mtp", "suffix"):
+        return None
+    return Repo(repo=repo, revision=revision if isinstance(revision, str) else None, weights=_AUTO[1:])
+
+
+def _listed(args: Sequence[str], wanted: str) -> Iterator[str]:
+    """Yield the values of an option that takes several."""
+    listed = False
+    for argument in args:
+        if not argument.startswith("-"):
+            if listed:
+                yield argument
+            continue
+        name, equals, value = argument.partition("=")
+        listed = name.replace("_", "-") == wanted
+        if listed and equals:
+            yield value
+
+
+def _json(text: str) -> dict[str, object]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
