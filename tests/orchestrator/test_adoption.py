@@ -12,6 +12,7 @@ from modelswap.core.states import InstanceState
 from modelswap.engines.base import Address, Readiness
 from modelswap.orchestrator.adoption import Adoption, Stray, sort_out
 from modelswap.orchestrator.journal import Entry, Journal
+from modelswap.orchestrator.service import Service
 from modelswap.orchestrator.store import Store
 from modelswap.protocol.messages import Epoch, Hello
 from modelswap.runtimes.base import Running, Unkillable
@@ -122,6 +123,90 @@ def test_models_without_a_device_are_in_nobodys_way(bench: Bench) -> None:
     found = sort_out(found_living, journal, bench.configured())
     assert {adopted.running.instance for adopted in found.adopted} == {"a.1", "c.1", "d.2"}
     assert [stray.reason for stray in found.strays] == ["d.2 has model d"]
+
+
+def strange(bench: Bench, model: str = "a", born: float = 1.0, **fields: Any) -> Running:
+    """Return an instance that somebody else has started in a container."""
+    return living(bench, f"foreign.{model}", model, pid=0, born=born, container="c0ffee", **fields)
+
+
+def resident(service: Service) -> str | None:
+    """Return which model has the device."""
+    return next((device.resident for device in service.shell.snapshot().devices), None)
+
+
+def is_strange(running: Running) -> bool:
+    """Return whether somebody else has started it."""
+    return running.instance.startswith("foreign.")
+
+
+def test_of_what_others_started_the_one_that_runs_longest_is_taken_up(bench: Bench) -> None:
+    """As a start: nobody knows whether it is ready. The others are in its way."""
+    old, young = strange(bench, "b", born=1.0), strange(bench, "a", born=9.0)
+    found = sort_out([young, old], {}, bench.configured(), is_strange)
+    assert found.adopted == (Adoption(old, 3, ready=False, foreign=True),)
+    assert found.strays == (Stray(young, "foreign.b has the device", foreign=True),)
+
+
+def test_what_is_ours_goes_before_what_others_started(bench: Bench) -> None:
+    """Even if it is still being started."""
+    ours, theirs = living(bench, "b.2", "b", born=9.0), strange(bench)
+    found = sort_out([theirs, ours], {"b.2": entry(ours, S.STARTING)}, bench.configured(), is_strange)
+    assert [adopted.running.instance for adopted in found.adopted] == ["b.2"]
+    assert found.strays == (Stray(theirs, "b.2 has the device", foreign=True),)
+
+
+def test_what_others_started_and_an_earlier_one_took_up_is_ours(bench: Bench) -> None:
+    """It goes on as ready, and before others that run longer."""
+    known, older = strange(bench, "b", born=9.0), strange(bench)
+    found = sort_out([older, known], {"foreign.b": entry(known)}, bench.configured(), is_strange)
+    assert found.adopted == (Adoption(known, 6, ready=True),)
+    assert [stray.running for stray in found.strays] == [older]
+
+
+@pytest.mark.parametrize(
+    ("fields", "journalled", "reason"),
+    [
+        ({"definition": "older"}, None, "its model's definition has changed"),
+        ({}, {"state": S.STOPPING}, "it was stopping"),
+        ({}, {"born": 5.0}, "its container isn't the one in the journal, or was started again"),
+        ({}, {"container": "beef"}, "its container isn't the one in the journal, or was started again"),
+    ],
+)
+def test_a_container_without_a_place_is_a_stray(
+    bench: Bench, fields: dict[str, Any], journalled: dict[str, Any] | None, reason: str
+) -> None:
+    """Its identity is the container and when Docker has started it."""
+    running = strange(bench, **fields)
+    journal = {} if journalled is None else {"foreign.a": entry(running, container="c0ffee")}
+    journal = {name: msgspec.structs.replace(known, **journalled or {}) for name, known in journal.items()}
+    found = sort_out([running], journal, bench.configured(), is_strange)
+    assert found.strays == (Stray(running, reason, foreign=True),) and found.adopted == ()
+
+
+async def test_what_others_started_meanwhile_is_taken_up_or_stopped(bench: Bench) -> None:
+    """The one that stays is tried out and journalled; the other has ended before anything starts. Both are counted."""
+    definitions = bench.configured().definitions
+    bench.runtime.spawn("foreign.b", "b", definitions["b"], container="beef")
+    bench.runtime.spawn("foreign.a", "a", definitions["a"], container="c0ffee")
+    async with bench.running() as service:
+        await until(lambda: resident(service) == "b" and "foreign.a" not in bench.runtime.living)
+        assert bench.runtime.orders == [] and bench.engine.canaries == 1
+        assert [stopped for stopped, _ in bench.runtime.stops] == ["foreign.a"]
+        assert service.journal.entries["foreign.b"].container == "beef"
+        text = service.metrics.render(service.shell.snapshot(), None, "gpu0", 0).decode()
+        assert 'modelswap_foreign_starts_total{model="b",outcome="adopted"} 1.0' in text
+        assert 'modelswap_foreign_starts_total{model="a",outcome="stopped"} 1.0' in text
+    async with bench.running() as service:
+        await until(lambda: resident(service) == "b")
+    assert bench.engine.canaries == 1 and len(bench.runtime.stops) == 1
+
+
+async def test_the_runtime_knows_the_models_before_it_is_asked_what_runs(bench: Bench) -> None:
+    """It could not tell whose containers they are."""
+    async with bench.running():
+        definitions = bench.configured().definitions
+        assert {name: known.definition for name, known in bench.runtime.known.items()} == definitions
 
 
 async def test_a_ready_engine_outlives_its_orchestrator_untouched(bench: Bench) -> None:

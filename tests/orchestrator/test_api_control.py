@@ -10,6 +10,7 @@ import pytest
 from modelswap.engines.base import CanaryFailed, Diagnosis, Readiness
 from modelswap.orchestrator.api import reading
 from modelswap.protocol.errors import ModelswapError
+from modelswap.runtimes.base import StartFailed
 from modelswap.spec.errors import ConfigError, Problem
 from tests.orchestrator.conftest import Api, serving
 from tests.orchestrator.fakes import Bench, config, until
@@ -170,6 +171,27 @@ async def test_a_bad_config_changes_nothing(api: Api, bench: Bench) -> None:
     bench.load_error = ModelswapError("the disk is gone")
     status, body = await api.post("/reload", {})
     assert status == 500
+
+
+async def test_a_reload_that_docker_does_not_allow_changes_nothing(api: Api, bench: Bench) -> None:
+    """The first model in a container needs Docker; without it the models stay as they are."""
+    bench.runtime.configure_error = StartFailed("Docker can't be reached; is dockerd running?")
+    bench.config = config(c={"command": None, "container": "llm"})
+    status, body = await api.post("/reload", {})
+    assert (status, code_of(body)) == (503, "model_start_failed")
+    assert "the config stays as it was: Docker can't be reached; is dockerd running?" in str(body)
+    assert [model["name"] for model in (await api.json("/models"))["models"]] == ["a", "b"]
+
+
+async def test_dockers_settings_need_a_restart_once_they_are_used(api: Api, bench: Bench) -> None:
+    """Before a model needs Docker they are nobody's."""
+    container = {"command": None, "container": "llm"}
+    restarts = []
+    for host, second in (("tcp://one:1", {}), ("tcp://two:2", container), ("tcp://three:3", {})):
+        bench.config = config({"docker": {"host": host}}, a={}, c=second)
+        _, body = await api.post("/reload", {})
+        restarts.append(body["restart_needed"])
+    assert restarts == [[], [], ["docker"]]
 
 
 async def test_shutdown_stops_everything_and_answers_then(api: Api, bench: Bench) -> None:

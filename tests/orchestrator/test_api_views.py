@@ -57,6 +57,41 @@ async def test_status_tells_everything(api: Api) -> None:
     assert status["queue"] == [] and status["gateways"] == [] and status["timings"]
 
 
+async def test_status_tells_what_hosts_each_model(bench: Bench) -> None:
+    """Its container's name or its image, and of what runs the container's id as `docker ps` shows it."""
+    bench.config = config(
+        a={"command": None, "container": "mistral-llm"},
+        b={"command": None, "compose_service": "coder-llm"},
+        c={"command": None, "image": "engine:1"},
+        d={},
+    )
+    bench.runtime.spawn("foreign.a", "a", bench.configured().definitions["a"], container="0123456789abcdef")
+    async with serving(bench) as api:
+        await until(lambda: any(view.resident for view in api.service.shell.snapshot().instances))
+        status = await api.json("/status")
+        hosts = [(model["runtime"], model["container"], model["image"]) for model in status["models"]]
+        assert hosts == [
+            ("adopted", "mistral-llm", None),
+            ("adopted", "coder-llm", None),
+            ("managed", "modelswap-c", "engine:1"),
+            ("process", None, None),
+        ]
+        assert [instance["container"] for instance in status["instances"]] == ["0123456789ab"]
+        assert status["models"] == (await api.json("/models"))["models"]
+
+
+async def test_status_tells_how_far_a_model_is_made_ready(bench: Bench) -> None:
+    """Its stage and fraction, while its image comes."""
+    bench.config = config(a={"command": None, "image": "engine:1"})
+    bench.runtime.fetch_gate.clear()
+    async with serving(bench) as api:
+        await api.post("/ensure_model", {"model": "a", "wait": False})
+        await until(lambda: bool(api.service.shell.snapshot().models[0].prepare_stage))
+        (model,) = (await api.json("/models"))["models"]
+        assert (model["preparation"], model["prepare_stage"]) == ("under way", "pulling")
+        assert model["prepare_fraction"] == 0.5
+
+
 async def test_status_shows_who_waits(api: Api, bench: Bench) -> None:
     """The queue lists models with waiting requests and the age of the oldest."""
     bench.engine.canary_gate.clear()

@@ -8,12 +8,13 @@ import aiohttp
 import pytest
 
 from modelswap.core import events
-from modelswap.engines.base import CanaryFailed, Diagnosis, Readiness
+from modelswap.engines.base import CanaryFailed, Diagnosis, Place, Readiness
 from modelswap.orchestrator.bringing_in import bring_in
 from modelswap.orchestrator.hosting import FAST_PAUSE, FIRST_PAUSE, SLOW_PAUSE, pause
 from modelswap.orchestrator.tasks import cancel
 from modelswap.protocol.errors import Code, ModelswapError
-from modelswap.runtimes.base import StartFailed
+from modelswap.runtimes.base import NotPrepared, StartFailed
+from modelswap.spec.config import Model
 from tests.orchestrator.fakes import World, until
 
 
@@ -118,6 +119,99 @@ async def test_a_start_that_somebody_killed_is_told_as_that(world: World) -> Non
     world.runtime.die("a.1.1", -9)
     await job
     assert world.of(events.BringInFailed)[0].killed
+
+
+async def test_a_container_that_reached_its_memory_limit_is_told_as_that(world: World) -> None:
+    """It was SIGKILL, but trying again for the same waiters would be of no use."""
+    hosted = world.host_running(container="c0ffee")
+    world.engine.said = Readiness(ready=False)
+    job = asyncio.create_task(bring_in(world.outside, hosted, adopted=True))
+    await until(lambda: bool(world.of(events.BringInStage)))
+    world.runtime.die("a.1.1", 137, oom=True)
+    await job
+    (failed,) = world.of(events.BringInFailed)
+    assert not failed.killed and failed.code is Code.MODEL_START_FAILED
+    assert "reached its memory limit" in failed.message and "(exit status 137)" in failed.message
+    assert "last line" in failed.message
+    assert world.engine.diagnosed[0][0] == -9
+
+
+@pytest.mark.parametrize("code", [137, 143])
+async def test_a_container_that_is_stopped_while_it_starts_is_started_again(world: World, code: int) -> None:
+    """`docker stop` and `docker kill` say nothing about the model."""
+    hosted = world.host_running(container="c0ffee")
+    world.engine.said = Readiness(ready=False)
+    job = asyncio.create_task(bring_in(world.outside, hosted, adopted=True))
+    await until(lambda: bool(world.of(events.BringInStage)))
+    world.runtime.die("a.1.1", code)
+    await job
+    assert world.of(events.BringInFailed)[0].killed
+
+
+@pytest.mark.parametrize("where", ["allocate", "start"])
+async def test_what_has_to_be_made_ready_again_is_told_as_that(
+    world: World, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container or an image that has gone meanwhile costs its waiters nothing but time."""
+    missing = NotPrepared("its container has been removed")
+
+    async def allocate(spec: Model) -> Place:
+        raise missing
+
+    if where == "allocate":
+        monkeypatch.setattr(world.runtime, "allocate", allocate)
+    else:
+        world.runtime.start_error = missing
+    await bring_in(world.outside, world.host(), adopted=False)
+    (failed,) = world.of(events.BringInFailed)
+    assert failed.unprepared and not failed.permanent and not failed.killed
+    assert failed.message == "a has to be made ready again: its container has been removed"
+    assert world.outside.hosted == {}
+
+
+async def test_nothing_starts_before_what_others_started_has_ended(world: World) -> None:
+    """It may hold the device; the intent is journalled meanwhile."""
+    gone = asyncio.Event()
+
+    async def ends() -> None:
+        await gone.wait()
+
+    leaving = asyncio.create_task(ends())
+    world.outside.turning_away["foreign.b"] = leaving
+    leaving.add_done_callback(lambda _: world.outside.turning_away.clear())
+    job = asyncio.create_task(bring_in(world.outside, world.host(), adopted=False))
+    await until(lambda: "a.1.1" in world.journal.entries)
+    await asyncio.sleep(0.01)
+    assert not world.runtime.starting.is_set()
+    gone.set()
+    await job
+    assert world.of(events.BroughtIn)
+
+
+async def test_what_others_started_and_nobody_can_stop_fails_the_start(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is named, and the start doesn't wait for ever."""
+    monkeypatch.setattr("modelswap.orchestrator.bringing_in.TURNING_AWAY_LIMIT", 0.01)
+    leaving = asyncio.create_task(asyncio.sleep(1000))
+    world.outside.turning_away["foreign.b"] = leaving
+    await bring_in(world.outside, world.host(), adopted=False)
+    (failed,) = world.of(events.BringInFailed)
+    assert failed.message.startswith("a can't be started: foreign.b, which somebody else started, has not ended")
+    assert not leaving.done() and world.runtime.orders == []
+    leaving.cancel()
+
+
+async def test_a_runtime_that_cannot_tell_who_listens_is_asked_again(world: World) -> None:
+    """A start doesn't fail because Docker is away for a moment."""
+    world.runtime.listening_error = ModelswapError("Docker is away")
+    job = asyncio.create_task(bring_in(world.outside, world.host(), adopted=False))
+    await until(lambda: bool(world.of(events.BringInStage)))
+    await asyncio.sleep(0.02)
+    assert not job.done()
+    world.runtime.listening_error = None
+    await job
+    assert world.of(events.BroughtIn)
 
 
 async def test_an_end_explains_the_broken_connection_before_it(world: World) -> None:

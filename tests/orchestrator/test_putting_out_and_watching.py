@@ -12,6 +12,7 @@ from modelswap.engines.base import Readiness
 from modelswap.orchestrator.bringing_in import bring_in
 from modelswap.orchestrator.putting_out import put_out
 from modelswap.orchestrator.watching import probe, watch
+from modelswap.protocol.errors import ModelswapError
 from tests.orchestrator.fakes import World, until
 
 
@@ -112,6 +113,41 @@ async def test_a_watched_instance_that_ends_is_told_with_its_log(world: World) -
     await watching
     (died,) = world.of(events.Died)
     assert died.message == ("a died: its engine killed by signal 11\nIts last log lines:\nfirst line\nlast line")
+
+
+async def test_a_container_that_somebody_stops_is_told_as_that(world: World) -> None:
+    """`docker stop` behind our back is no crash, and noticed at once."""
+    hosted = world.host_running(container="c0ffee")
+    watching = asyncio.create_task(watch(world.outside, hosted))
+    await asyncio.sleep(0)
+    world.runtime.die("a.1.1", 143)
+    await watching
+    (died,) = world.of(events.Died)
+    assert died.message.startswith("a was stopped from outside (exit status 143), as by `docker stop`\nIts last log")
+
+
+async def test_a_runtime_that_cannot_tell_for_now_has_not_seen_an_end(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An instance outlives its runtime's trouble, and goes on being watched."""
+    monkeypatch.setattr("modelswap.orchestrator.hosting.LOST_PAUSE", 0.001)
+    world.runtime.wait_errors = [ModelswapError("Docker is away")] * 3
+    hosted = world.host_running(container="c0ffee")
+    watching = asyncio.create_task(watch(world.outside, hosted))
+    await until(lambda: not world.runtime.wait_errors)
+    assert not watching.done() and world.events == []
+    world.runtime.die("a.1.1", 1)
+    await watching
+    assert len(world.of(events.Died)) == 1
+
+
+async def test_a_probe_answers_even_if_the_runtime_cannot(world: World) -> None:
+    """An engine that doesn't answer is unwell, whoever listens at its address."""
+    world.host_running(container="c0ffee")
+    world.engine.well = False
+    world.runtime.listening_error = ModelswapError("Docker is away")
+    await probe(world.outside, "a.1.1")
+    assert not world.of(events.Probed)[0].healthy
 
 
 @pytest.mark.parametrize("error", [None, aiohttp.ServerDisconnectedError(), TimeoutError(), ValueError("bug")])

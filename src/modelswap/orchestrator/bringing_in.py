@@ -7,7 +7,6 @@ until something listens, then the engine is asked for its readiness at intervals
 from __future__ import annotations
 
 import asyncio
-import signal
 import socket
 from typing import Final
 
@@ -16,10 +15,11 @@ from pydantic import ByteSize
 
 from modelswap.core import events
 from modelswap.engines.base import Address, CanaryFailed, Diagnosis, Engine, Launch, Readiness
+from modelswap.orchestrator.endings import ended_from_outside, exit_code, failed_start
 from modelswap.orchestrator.hosting import Hosted, Outside, pause, told
 from modelswap.orchestrator.stopping import stop_grace, stop_surely
 from modelswap.protocol.errors import Code, ModelswapError
-from modelswap.runtimes.base import Exit, Running, StartOrder
+from modelswap.runtimes.base import Exit, NotPrepared, Running, StartFailed, StartOrder
 from modelswap.spec.config import Model
 
 POLL_LIMIT: Final = 5.0
@@ -27,6 +27,8 @@ POLL_LIMIT: Final = 5.0
 CANARY_LIMIT: Final = 120.0
 LAST_WORDS: Final = 0.5
 """How long after a broken connection the engine's end may be seen, in seconds."""
+TURNING_AWAY_LIMIT: Final = 60.0
+"""How long a start waits for the end of what others have started, in seconds."""
 FAILED_GRACE: Final = 1.0
 """How long a start that failed may take to end by itself, in seconds: it has nothing to finish."""
 
@@ -70,13 +72,16 @@ async def _bring_in(outside: Outside, hosted: Hosted, *, adopted: bool) -> None:
             await _fail(outside, hosted, Code.SWAP_TIMEOUT, Diagnosis(reason, permanent=False))
             return
     except _Ended as ended:
-        killed = ended.exit.code == -signal.SIGKILL
+        killed = ended_from_outside(hosted, ended.exit)
         await _fail(outside, hosted, None, await _diagnose(outside, hosted, ended.exit), killed=killed)
     except _NeverReady as never:
         await _fail(outside, hosted, None, Diagnosis(f"{hosted.model} can't serve: {never}", permanent=True))
     except (CanaryFailed, aiohttp.ClientError, TimeoutError) as failed:
         reason = f"{hosted.model} said it was ready, but failed its canary request: {str(failed) or 'no answer'}"
         await _fail(outside, hosted, None, Diagnosis(reason, permanent=False))
+    except NotPrepared as missing:
+        reason = f"{hosted.model} has to be made ready again: {missing}"
+        await _fail(outside, hosted, missing.code, Diagnosis(reason, permanent=False), unprepared=True)
     except ModelswapError as error:
         permanent = error.code is Code.MODEL_BROKEN
         await _fail(outside, hosted, error.code, Diagnosis(f"{hosted.model} can't be started: {error}", permanent))
@@ -97,6 +102,7 @@ async def _start(outside: Outside, hosted: Hosted) -> None:
     order = await order_for(outside, hosted.engine, hosted.instance, hosted.model, hosted.spec, hosted.definition)
     hosted.address = order.address
     await outside.journal.intend(hosted.instance, hosted.model, hosted.definition, order.address)
+    await _alone(outside)
     starting = asyncio.ensure_future(outside.runtime.start(order))
     try:
         running = await asyncio.shield(starting)
@@ -107,6 +113,19 @@ async def _start(outside: Outside, hosted: Hosted) -> None:
             _started(outside, hosted, starting.result())
         raise
     _started(outside, hosted, running)
+
+
+async def _alone(outside: Outside) -> None:
+    """Wait until nothing that others have started is being stopped: it may hold the device, or the very container."""
+    try:
+        async with asyncio.timeout(TURNING_AWAY_LIMIT):
+            while outside.turning_away:
+                await asyncio.wait(outside.turning_away.values())
+    except TimeoutError:
+        names = ", ".join(sorted(outside.turning_away))
+        raise StartFailed(
+            f"{names}, which somebody else started, has not ended within {TURNING_AWAY_LIMIT:g} s; stop it"
+        ) from None
 
 
 async def order_for(
@@ -148,7 +167,7 @@ async def _prove(outside: Outside, hosted: Hosted) -> int:
     """Wait for readiness and canary, or for the process's end; returns the slots."""
     running = hosted.running
     assert running is not None  # noqa: S101 - for the type checker: it has been started or adopted
-    ended = asyncio.ensure_future(outside.runtime.wait(running))
+    ended = asyncio.ensure_future(outside.ended(running))
     proof = asyncio.ensure_future(_ready_and_tested(outside, hosted, running))
     try:
         await asyncio.wait({ended, proof}, return_when=asyncio.FIRST_COMPLETED)
@@ -181,7 +200,7 @@ async def _ready(outside: Outside, hosted: Hosted, running: Running) -> Readines
         accepts = accepts or await _accepts(running.address)
         if accepts:
             # Asked while it still loads, this costs no time; once it is so, it stays so.
-            ours = ours or await outside.runtime.listening(running)
+            ours = ours or await outside.listening(running)
             said = await _ask(outside, hosted, running)
             if said.problem is not None:
                 raise _NeverReady(said.problem)
@@ -222,12 +241,18 @@ def _stage(outside: Outside, hosted: Hosted, stage: str, fraction: float | None)
 
 
 async def _diagnose(outside: Outside, hosted: Hosted, exit_: Exit) -> Diagnosis:
-    found = hosted.engine.diagnose(exit_.code, await outside.last_lines(hosted, 200))
-    return Diagnosis(f"{hosted.model} failed to start: {found.reason}", found.permanent)
+    found = hosted.engine.diagnose(exit_code(hosted, exit_), await outside.last_lines(hosted, 200))
+    return failed_start(hosted, exit_, found)
 
 
 async def _fail(
-    outside: Outside, hosted: Hosted, code: Code | None, diagnosis: Diagnosis, *, killed: bool = False
+    outside: Outside,
+    hosted: Hosted,
+    code: Code | None,
+    diagnosis: Diagnosis,
+    *,
+    killed: bool = False,
+    unprepared: bool = False,
 ) -> None:
     """Stop what is left of the instance, then report why it failed."""
     if hosted.running is not None:
@@ -244,6 +269,7 @@ async def _fail(
             message=message,
             permanent=diagnosis.permanent,
             killed=killed and not diagnosis.permanent,
+            unprepared=unprepared,
         )
     )
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import structlog
 
 from modelswap.core import effects, events
 from modelswap.core.states import InstanceState
-from modelswap.orchestrator import bringing_in, putting_out, releasing, watching
+from modelswap.orchestrator import appearances, bringing_in, preparing, putting_out, releasing, watching
 from modelswap.orchestrator.answers import Answers
 from modelswap.orchestrator.facts import Configured
 from modelswap.orchestrator.feed import Feed
 from modelswap.orchestrator.history import History
-from modelswap.orchestrator.hosting import Hosted, Outside
+from modelswap.orchestrator.hosting import Hosted, Outside, Preparing
 from modelswap.orchestrator.links import Links
 from modelswap.orchestrator.metrics import Metrics
+from modelswap.orchestrator.preparing import NoWeights, Weights
 from modelswap.orchestrator.tasks import Tasks
 from modelswap.protocol.errors import Code
 from modelswap.protocol.messages import Open, OrchestratorMessage
+from modelswap.runtimes.base import Running
 
 _log = structlog.get_logger(__name__)
 
@@ -38,6 +41,7 @@ class Carrier:
     tasks: Tasks
     configured: Callable[[], Configured]
     on_finished: Callable[[], None]
+    weights: Weights = field(default_factory=NoWeights)
 
     def carry(self, effect: effects.Effect) -> None:
         """Carry out one effect; what takes time goes on as a task and reports with an event."""
@@ -58,6 +62,10 @@ class Carrier:
                 unwatched = hosted is not None and (hosted.watch is None or hosted.watch.done())
                 if hosted is not None and hosted.running is not None and unwatched:
                     hosted.watch = self.tasks.start(watching.watch(self.outside, hosted), f"watch {effect.instance}")
+            case effects.Prepare():
+                self._prepare(effect)
+            case effects.TurnAway():
+                self._turn_away(effect)
             case effects.Probe():
                 self.tasks.start(watching.probe(self.outside, effect.instance), f"probe {effect.instance}")
             case effects.VerifyReleased():
@@ -111,8 +119,63 @@ class Carrier:
                 engine=configured.engines[effect.model],
             )
             self.outside.hosted[effect.instance] = hosted
+        elif effect.adopted and hosted.running is not None and effect.instance not in self.outside.journal.entries:
+            self.take_up(hosted.running)
         work = bringing_in.bring_in(self.outside, hosted, adopted=effect.adopted)
         hosted.job = self.tasks.start(work, f"bring in {effect.instance}")
+
+    def take_up(self, running: Running) -> None:
+        """Note that an instance that somebody else has started goes on as one of ours."""
+        self.outside.journal.found(running)
+        self.foreign_start(running, "adopted", "nothing else was on the device")
+
+    def foreign_start(self, running: Running, outcome: str, reason: str) -> None:
+        """Tell what becomes of an instance that somebody else has started: ``adopted`` or ``stopped``."""
+        said = {"model": running.model, "instance": running.instance, "reason": reason}
+        level = _log.warning if outcome == "stopped" else _log.info
+        level("started by somebody else", outcome=outcome, container=running.container[:12], **said)
+        self.metrics.foreign_start(running.model, outcome)
+        self.feed.publish("foreign_start", outcome=outcome, container=running.container, **said)
+
+    def turn_away(self, running: Running, reason: str) -> asyncio.Task[None]:
+        """Stop an instance that somebody else has started; no start begins before it has ended."""
+        self.foreign_start(running, "stopped", reason)
+        task = self.tasks.start(appearances.turn_away(self.outside, running), f"stop {running.instance}")
+        self.outside.turning_away[running.instance] = task
+        task.add_done_callback(lambda _: self.outside.turning_away.pop(running.instance, None))
+        return task
+
+    def _turn_away(self, effect: effects.TurnAway) -> None:
+        hosted = self.outside.hosted.pop(effect.instance, None)
+        if hosted is not None and hosted.running is not None:
+            self.turn_away(hosted.running, effect.reason)
+
+    def _prepare(self, effect: effects.Prepare) -> None:
+        current = self.outside.preparing.get(effect.model)
+        given_up = current is None or current.job is None or current.job.cancelling()
+        if current is not None and current.definition == effect.definition and not given_up:
+            return
+        configured = self.configured()
+        spec = configured.config.models.get(effect.model)
+        if spec is None or configured.definitions[effect.model] != effect.definition:
+            return  # the scheduler has yet to hear of the config that has replaced it, and asks again then
+        began = Preparing(effect.model, effect.definition, self.outside.clock())
+        self.outside.preparing[effect.model] = began
+
+        def ended(well: bool, seconds: float) -> None:
+            self.metrics.prepared(effect.model, well=well, seconds=seconds)
+            self.feed.publish("prepare", model=effect.model, outcome="ok" if well else "failed", seconds=seconds)
+
+        work = preparing.prepare(
+            self.outside,
+            began,
+            spec,
+            configured.engines[effect.model],
+            self.weights,
+            before=current.job if current is not None else None,
+            ended=ended,
+        )
+        began.job = self.tasks.start(work, f"prepare {effect.model}")
 
     def _refuse(self, effect: effects.BringIn) -> None:
         self.outside.post(

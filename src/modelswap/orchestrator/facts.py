@@ -10,6 +10,7 @@ from modelswap.core.events import Configure
 from modelswap.core.facts import DeviceFacts, ModelFacts, Settings
 from modelswap.engines.base import Engine
 from modelswap.protocol.messages import CatalogModel
+from modelswap.runtimes.base import Known
 from modelswap.spec.config import Config, EngineName, Model
 from modelswap.spec.digest import definition
 
@@ -40,16 +41,31 @@ class Configured:
             names=names,
         )
 
-    def configure(self, at: float, measured: Callable[[str], float | None] = lambda _: None) -> Configure:
-        """Return the event that tells the scheduler; ``measured`` gives a model's swap time of earlier runs."""
+    def known(self) -> dict[str, Known]:
+        """Return the models as a runtime needs to know them."""
+        return {name: Known(model, self.definitions[name]) for name, model in self.config.models.items()}
+
+    def configure(
+        self,
+        at: float,
+        measured: Callable[[str], float | None] = lambda _: None,
+        prepare: Callable[[Model], bool] = lambda _: False,
+    ) -> Configure:
+        """Return the event that tells the scheduler.
+
+        ``measured`` gives a model's swap time of earlier runs, ``prepare`` whether anything is to be made ready for it.
+        """
         return Configure(
             at=at,
-            models=tuple(self._model(name, model, measured(name)) for name, model in self.config.models.items()),
+            models=tuple(
+                self._model(name, model, measured(name), prepare=prepare(model))
+                for name, model in self.config.models.items()
+            ),
             devices=(DeviceFacts(DEVICE),),
             settings=_settings(self.config),
         )
 
-    def _model(self, name: str, model: Model, swap_seconds: float | None) -> ModelFacts:
+    def _model(self, name: str, model: Model, swap_seconds: float | None, *, prepare: bool) -> ModelFacts:
         engine = self.engines[name]
         return ModelFacts(
             name=name,
@@ -58,6 +74,7 @@ class Configured:
             slots=model.concurrency or engine.slots(model),
             swap_seconds=swap_seconds,
             priority=model.priority,
+            prepare=prepare,
             listing=CatalogModel(
                 name=name,
                 aliases=tuple(model.aliases),

@@ -14,7 +14,8 @@ from modelswap.core.events import Event
 from modelswap.devices.base import Device
 from modelswap.engines.base import Address, Engine
 from modelswap.orchestrator.journal import Journal
-from modelswap.runtimes.base import Running, Runtime
+from modelswap.protocol.errors import ModelswapError
+from modelswap.runtimes.base import Exit, Running, Runtime
 from modelswap.spec.config import Model
 
 SHOWN_LINES: Final = 10
@@ -24,6 +25,9 @@ FIRST_PAUSE: Final = 0.002
 FAST_PAUSE: Final = 0.05
 SLOW_PAUSE: Final = 0.25
 SLOW_AFTER: Final = 10.0
+
+LOST_PAUSE: Final = 1.0
+"""How long to wait before asking again a runtime that can't tell whether an instance runs, in seconds."""
 
 _log = structlog.get_logger(__name__)
 
@@ -49,6 +53,18 @@ class Hosted:
 
 
 @dataclass(slots=True, eq=False)
+class Preparing:
+    """A model that is being made ready ahead of time, and how far that is; ``began`` on the scheduler's clock."""
+
+    model: str
+    definition: str
+    began: float
+    stage: str = ""
+    fraction: float | None = None
+    job: asyncio.Task[None] | None = None
+
+
+@dataclass(slots=True, eq=False)
 class Outside:
     """The outside world, as executors see it. ``post`` gives the scheduler an event; ``clock`` is its clock."""
 
@@ -61,6 +77,30 @@ class Outside:
     hosted: dict[str, Hosted] = field(default_factory=dict)
     free_when_empty: int | None = None
     """Bytes that were free on the device when it was last verified with nothing of ours on it."""
+    preparing: dict[str, Preparing] = field(default_factory=dict)
+    """By model, while it goes on."""
+    turning_away: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    """Stops of instances that others have started; no start may begin meanwhile."""
+
+    async def ended(self, running: Running) -> Exit:
+        """Return when the instance has ended; a runtime that can't tell for now is asked again."""
+        told = False
+        while True:
+            try:
+                return await self.runtime.wait(running)
+            except ModelswapError as error:
+                if not told:
+                    told = True
+                    _log.warning("can't be watched", model=running.model, instance=running.instance, reason=str(error))
+                await asyncio.sleep(LOST_PAUSE)
+
+    async def listening(self, running: Running) -> bool:
+        """Return whether the very instance listens, as far as its runtime can tell for now."""
+        try:
+            return await self.runtime.listening(running)
+        except ModelswapError as error:
+            _log.warning("can't be watched", model=running.model, instance=running.instance, reason=str(error))
+            return False
 
     async def last_lines(self, hosted: Hosted, lines: int = SHOWN_LINES) -> list[str]:
         """Return an instance's last log lines, without the model's API key; none if they can't be read."""

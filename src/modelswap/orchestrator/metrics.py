@@ -15,12 +15,15 @@ from modelswap.devices.base import Reading
 
 SWAP_BUCKETS: Final = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 20, 30, 60, 120, 180, 300, 600)
 WAIT_BUCKETS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+PREPARE_BUCKETS: Final = (0.05, 0.25, 1, 5, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
 LAG_BUCKETS: Final = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5)
 NONE: Final = "none"
 """The label of no model: nothing was put out, or nothing was brought in."""
 _PAIRS_UP_TO: Final = 12
 
 _SWAP_LABELS: Final = ("from", "to", "mechanism", "outcome")
+_PREPARED: Final = ("ok", "failed")
+_FOREIGN: Final = ("adopted", "stopped")
 _OUTCOMES: Final = ("granted", "refused", "forgotten")
 
 
@@ -77,6 +80,16 @@ class Metrics:
             buckets=LAG_BUCKETS,
             registry=self.registry,
         )
+        self._prepare_seconds = Histogram(
+            "modelswap_prepare_seconds",
+            "Making a model ready ahead of time: image, weights, container",
+            ["model", "outcome"],
+            buckets=PREPARE_BUCKETS,
+            registry=self.registry,
+        )
+        self._foreign_starts = self._counter(
+            "modelswap_foreign_starts_total", "Engines that somebody else has started", "model", "outcome"
+        )
         for phase in Phase:
             self._phase_seconds.labels(phase)
         for outcome in ("adopted", "resumed", "killed"):
@@ -103,6 +116,10 @@ class Metrics:
                 self._tickets.labels(name, outcome)
             self._waits.labels(name)
             self._failures.labels(name)
+            for ended in _PREPARED:
+                self._prepare_seconds.labels(name, ended)
+            for became in _FOREIGN:
+                self._foreign_starts.labels(name, became)
             self._swaps.labels(NONE, name, "cold", SwapOutcome.OK)
             self._swaps.labels(NONE, name, "cold", SwapOutcome.FAILED)
             self._swaps.labels(name, NONE, "stop", SwapOutcome.OK)
@@ -140,6 +157,16 @@ class Metrics:
     def adoption(self, outcome: str) -> None:
         """Count an instance found at start: ``adopted``, ``resumed`` or ``killed``."""
         self._adoptions.labels(outcome).inc()
+
+    def prepared(self, model: str, *, well: bool, seconds: float) -> None:
+        """Note that a model has been made ready, or could not be."""
+        if model in self._models:
+            self._prepare_seconds.labels(model, "ok" if well else "failed").observe(seconds)
+
+    def foreign_start(self, model: str, outcome: str) -> None:
+        """Count an engine that somebody else has started: ``adopted`` or ``stopped``."""
+        if model in self._models:
+            self._foreign_starts.labels(model, outcome).inc()
 
     def failed(self, part: str, total: int) -> None:
         """Note how many times a part of ours (``scheduler``, ``task``, ``journal``) has failed by now."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ from modelswap.core import events
 from modelswap.core.scheduler import Scheduler
 from modelswap.devices.base import Device, Reading
 from modelswap.engines.base import Engine
-from modelswap.orchestrator import adoption
+from modelswap.orchestrator import adoption, appearances, preparing
 from modelswap.orchestrator.answers import Answers
 from modelswap.orchestrator.carrying import Carrier
 from modelswap.orchestrator.facts import DEVICE, Configured
@@ -26,6 +26,7 @@ from modelswap.orchestrator.hosting import Hosted, Outside, engine_session
 from modelswap.orchestrator.journal import Journal
 from modelswap.orchestrator.links import Links
 from modelswap.orchestrator.metrics import Metrics
+from modelswap.orchestrator.preparing import NoWeights, Weights
 from modelswap.orchestrator.shell import Shell
 from modelswap.orchestrator.store import Store
 from modelswap.orchestrator.tasks import Tasks
@@ -51,6 +52,7 @@ class Parts:
     token: str
     database: Path
     clock: Callable[[], float] = time.monotonic
+    weights: Weights = field(default_factory=NoWeights)
 
 
 class Service:
@@ -97,7 +99,7 @@ class Service:
             term=lambda: self.configured.config.orchestrator.term,
             on_change=self._gateway_changed,
         )
-        carrier = Carrier(
+        self._carrier = Carrier(
             outside=outside,
             links=self.links,
             answers=self.answers,
@@ -107,8 +109,9 @@ class Service:
             tasks=self.tasks,
             configured=lambda: self.configured,
             on_finished=self.finished.set,
+            weights=parts.weights,
         )
-        self.shell = Shell(scheduler, carrier.carry, clock=parts.clock, lag=self.metrics.lag)
+        self.shell = Shell(scheduler, self._carrier.carry, clock=parts.clock, lag=self.metrics.lag)
         self.metrics.configure(configured.config.models, [DEVICE])
 
     def post(self, event: events.Event) -> None:
@@ -144,6 +147,10 @@ class Service:
         async with self._reloading:
             config = await asyncio.to_thread(self._parts.load, self.config_path)
             before, after = self.configured, Configured.of(config, self._parts.engine_for)
+            try:
+                await self.outside.runtime.configure(after.known())
+            except ModelswapError as error:
+                raise ModelswapError(f"the config stays as it was: {error}", code=error.code) from error
             applied = asyncio.Event()
 
             def apply() -> bool:
@@ -151,10 +158,11 @@ class Service:
                 applied.set()
                 return True
 
-            self.shell.post(after.configure(self.clock(), self.history.swap_seconds), still=apply)
+            self.shell.post(self._configure(after), still=apply)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_APPLIED_WITHIN):
                     await applied.wait()
+            await appearances.look_around(self.outside, self.configured)
             changes = _changes(before, after)
             self._restart_needed = tuple(changes["restart_needed"])
             _log.info("config reloaded", path=str(self.config_path), **changes)
@@ -171,9 +179,15 @@ class Service:
     async def adopt(self) -> None:
         """Find out what an earlier orchestrator left, kill what has no place, and tell the scheduler to begin."""
         runtime = self.outside.runtime
-        found = adoption.sort_out(await runtime.instances(), self.journal.entries, self.configured)
+        await runtime.configure(self.configured.known())
+        found = adoption.sort_out(
+            await runtime.instances(), self.journal.entries, self.configured, foreign=runtime.foreign
+        )
         for stray in found.strays:
             running = stray.running
+            if stray.foreign:
+                self._carrier.turn_away(running, stray.reason)
+                continue
             _log.warning("stray", instance=running.instance, model=running.model, pid=running.pid, reason=stray.reason)
             self.metrics.adoption("killed")
         keep = {adopted.running.instance for adopted in found.adopted}
@@ -186,7 +200,7 @@ class Service:
         for instance in self.journal.entries.keys() - keep:
             self.journal.forget(instance)
         expected = self.journal.gateways
-        self.post(self.configured.configure(self.clock(), self.history.swap_seconds))
+        self.post(self._configure(self.configured))
         for adopted in found.adopted:
             self._adopt(adopted)
         self.post(events.Begin(at=self.clock(), expected=expected))
@@ -195,6 +209,8 @@ class Service:
         running = found.running
         _log.info("adopted", instance=running.instance, model=running.model, pid=running.pid, ready=found.ready)
         self.metrics.adoption("adopted" if found.ready else "resumed")
+        if found.foreign:
+            self._carrier.take_up(running)
         self.outside.hosted[running.instance] = Hosted(
             instance=running.instance,
             model=running.model,
@@ -219,6 +235,11 @@ class Service:
             )
         )
 
+    def _configure(self, configured: Configured) -> events.Configure:
+        return configured.configure(
+            self.clock(), self.history.swap_seconds, lambda model: preparing.needed(model, self._parts.weights)
+        )
+
     def _post_if(self, event: events.Event, still: Callable[[], bool] | None = None) -> None:
         self.shell.post(event, still)
 
@@ -227,6 +248,9 @@ class Service:
         for hosted in self.outside.hosted.values():
             if configured.definitions.get(hosted.model) == hosted.definition:
                 hosted.spec = configured.config.models[hosted.model]
+        for preparing_ in self.outside.preparing.values():
+            if configured.definitions.get(preparing_.model) != preparing_.definition and preparing_.job is not None:
+                preparing_.job.cancel()
         self.metrics.configure(configured.config.models, [DEVICE])
 
     def _gateway_changed(self, gateway: str, connected: bool) -> None:
@@ -302,8 +326,13 @@ async def running(config_path: Path, config: Config, parts: Parts) -> AsyncItera
         service.tasks.start(service.shell.run(), "scheduler")
         service.tasks.start(service.forget_gateways(), "gateways")
         service.tasks.start(service.read_device(), "device")
+        service.tasks.start(appearances.watch_appearances(outside, lambda: service.configured), "starts by others")
         service.tasks.start(service.rotate_logs(), "logs")
         yield service
+
+
+def _uses_docker(configured: Configured) -> bool:
+    return any(model.runtime != "process" for model in configured.config.models.values())
 
 
 def _changes(before: Configured, after: Configured) -> dict[str, list[str]]:
@@ -311,6 +340,8 @@ def _changes(before: Configured, after: Configured) -> dict[str, list[str]]:
     sections = {
         "gateway": (before.config.gateway, after.config.gateway),
         "device": (before.config.device, after.config.device),
+        # Before a model needs Docker, nothing has been made of that section.
+        "docker": (before.config.docker, after.config.docker if _uses_docker(before) else before.config.docker),
         "orchestrator.host": (before.config.orchestrator.host, after.config.orchestrator.host),
         "orchestrator.port": (before.config.orchestrator.port, after.config.orchestrator.port),
         "orchestrator.state_dir": (before.config.orchestrator.state_dir, after.config.orchestrator.state_dir),

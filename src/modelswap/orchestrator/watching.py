@@ -9,8 +9,9 @@ import aiohttp
 import structlog
 
 from modelswap.core import events
+from modelswap.orchestrator.endings import death
 from modelswap.orchestrator.hosting import Hosted, Outside, told
-from modelswap.runtimes.base import Exit, Running
+from modelswap.runtimes.base import Running
 
 MISSES: Final = 3
 PROBE_LIMIT: Final = 5.0
@@ -23,11 +24,11 @@ async def watch(outside: Outside, hosted: Hosted) -> None:
     """Report `events.Died` when the instance ends, or misses three health checks in a row."""
     running = hosted.running
     assert running is not None  # noqa: S101 - for the type checker: only what runs is watched
-    ended = asyncio.ensure_future(outside.runtime.wait(running))
+    ended = asyncio.ensure_future(outside.ended(running))
     checks = asyncio.ensure_future(_checks(outside, hosted, running))
     try:
         await asyncio.wait({ended, checks}, return_when=asyncio.FIRST_COMPLETED)
-        reason = _ended(hosted, ended.result()) if ended.done() else checks.result()
+        reason = death(hosted, ended.result()) if ended.done() else checks.result()
     finally:
         for task in (ended, checks):
             task.cancel()
@@ -77,22 +78,18 @@ async def probe(outside: Outside, instance: str) -> None:
 
 
 async def _problem(outside: Outside, hosted: Hosted, running: Running) -> str | None:
-    ended = asyncio.ensure_future(outside.runtime.wait(running))
+    ended = asyncio.ensure_future(outside.ended(running))
     answer = asyncio.ensure_future(_healthy(outside, hosted, running, PROBE_LIMIT))
     try:
         await asyncio.wait({ended, answer}, return_when=asyncio.FIRST_COMPLETED)
         if ended.done():
-            return told(_ended(hosted, ended.result()), await outside.last_lines(hosted))
+            return told(death(hosted, ended.result()), await outside.last_lines(hosted))
         if answer.result():
             return None
-        if ended.done() or not await outside.runtime.listening(running):
+        if ended.done() or not await outside.listening(running):
             return f"{hosted.model} does not listen any more"
         return f"{hosted.model} does not answer its health check"
     finally:
         for task in (ended, answer):
             task.cancel()
         await asyncio.gather(ended, answer, return_exceptions=True)
-
-
-def _ended(hosted: Hosted, exit_: Exit) -> str:
-    return f"{hosted.model} died: its engine {exit_}"

@@ -11,9 +11,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import modelswap
-from modelswap.core.snapshot import ModelView, Snapshot
+from modelswap.core.snapshot import InstanceView, ModelView, Snapshot
 from modelswap.orchestrator.facts import DEVICE
 from modelswap.orchestrator.service import Service
+from modelswap.spec.config import Model
 
 INDEX: Final = {
     "GET /status": "instances, queue, last swaps, devices",
@@ -27,6 +28,9 @@ INDEX: Final = {
     "POST /reload": "{}: read the config file again",
     "POST /shutdown": '{"now": false}: drain and stop everything',
 }
+
+SHORT_ID: Final = 12
+"""How many digits of a container's id are shown, as ``docker ps`` does."""
 
 
 class Views:
@@ -80,7 +84,7 @@ class Views:
                 "warnings": service.warnings(),
                 "current_model": _current(snapshot),
                 "models": [self._model(view) for view in snapshot.models],
-                "instances": msgspec.to_builtins(snapshot.instances),
+                "instances": [self._instance(view) for view in snapshot.instances],
                 "queue": [
                     {"model": view.name, "waiting": view.waiting, "oldest_seconds": view.oldest_wait}
                     for view in snapshot.models
@@ -100,11 +104,20 @@ class Views:
         if model is not None:
             told.update(
                 engine=model.engine,
+                runtime=model.runtime,
+                container=_container(view.name, model),
+                image=model.image,
                 aliases=model.aliases,
                 adapters=model.adapters,
                 priority=model.priority,
             )
         return {**told, **msgspec.to_builtins(view)}
+
+    def _instance(self, view: InstanceView) -> dict[str, Any]:
+        hosted = self._service.outside.hosted.get(view.instance)
+        running = hosted.running if hosted is not None else None
+        container = running.container[:SHORT_ID] if running is not None else ""
+        return {**msgspec.to_builtins(view), "container": container or None}
 
     def _memory(self, device: str) -> dict[str, Any]:
         outside = self._service.device
@@ -113,6 +126,16 @@ class Views:
         if reading is not None:
             told["memory"] = msgspec.to_builtins(reading)
         return told
+
+
+def _container(name: str, model: Model) -> str | None:
+    """Return what the container is called that serves a model, or its compose service; None for a process."""
+    if model.runtime == "managed":
+        # Only who uses containers pays for the imports.
+        from modelswap.runtimes.docker.body import container_name
+
+        return container_name(name)
+    return model.container or model.compose_service
 
 
 def _current(snapshot: Snapshot) -> str | None:
