@@ -30,7 +30,8 @@ install() {
   command -v apt-get >/dev/null || fail "${missing[*]} is missing, and only apt is known here: install it by hand"
   echo "==> installing ${missing[*]}"
   as_root apt-get update -qq
-  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" \
+    >"$config/apt.log" 2>&1 || { cat "$config/apt.log" >&2 && fail "apt can't install ${missing[*]}"; }
 }
 
 answers() { docker version --format '{{.Server.Version}}' >/dev/null 2>&1; }
@@ -56,8 +57,8 @@ start_daemon() {
     until_within 60 answers || fail "Docker doesn't answer after 60 s: journalctl -u docker tells why"
     return
   fi
-  # The package's own start script may be at it.
-  pgrep -x dockerd >/dev/null && until_within 20 answers && return
+  # The package's own start script may be at it already.
+  [ -e /var/run/docker.pid ] && until_within 20 answers && return
   # In a session of its own, so that it outlives us.
   as_root setsid env PATH="$PATH:/usr/sbin:/sbin" dockerd >"$log" 2>&1 </dev/null &
   until_within 60 answers && return
@@ -112,7 +113,7 @@ import_base() {
 }
 
 mkdir -p "$config"
-install docker=docker.io dockerd=docker.io iptables=iptables curl=curl jq=jq
+install dockerd=docker.io iptables=iptables curl=curl jq=jq
 start_daemon
 export DOCKER_CONFIG=$config
 install_compose
