@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import subprocess
 import sys
 import uuid
@@ -17,9 +17,9 @@ from modelswap.runtimes.portable import PsutilTable
 from modelswap.runtimes.process import ProcessRuntime
 from modelswap.runtimes.processes import ProcessTable
 from modelswap.spec.config import Model
+from tests.runtimes import saying
 
 ENGINE = Path(__file__).with_name("engine_script.py")
-DEADLINE = 30.0
 SPEC = Model(engine="custom", command=["stand-in"])
 
 
@@ -58,36 +58,33 @@ class Host:
         return await self.runtime.start(self.order(launch, address, model))
 
     async def until(self, condition: Callable[[], Awaitable[bool]]) -> None:
-        """Return when the condition holds; fails after `DEADLINE` seconds."""
-        async with asyncio.timeout(DEADLINE):
-            while not await condition():  # noqa: ASYNC110 - what is looked at are other processes
-                await asyncio.sleep(0.005)
+        """Return when the condition holds; fails after `saying.DEADLINE` seconds."""
+        await saying.until(condition)
 
     async def says(self, running: Running, word: str) -> list[str]:
         """Return the log's words after ``word``, once the engine has said it."""
-        found: list[str] = []
+        return await saying.says(self.runtime, running, word)
 
-        async def said() -> bool:
-            lines = await self.runtime.log_tail(running.model, 100, running.instance)
-            found[:] = next((line.split()[1:] for line in lines if line.split()[:1] == [word]), [])
-            return any(line.split()[:1] == [word] for line in lines)
 
-        await self.until(said)
-        return found
+@contextlib.asynccontextmanager
+async def process_host(table: str, state_dir: Path) -> AsyncIterator[Host]:
+    """Give a host for a way of looking at processes; nothing is left over when the test is done."""
+
+    def renew() -> ProcessRuntime:
+        chosen: ProcessTable | None = PsutilTable() if table == "psutil" else None
+        return ProcessRuntime(state_dir, 64 * 1024, table=chosen)
+
+    host = Host(state_dir, renew)
+    yield host
+    await host.process_runtime.sweep(set())
+    assert await host.process_runtime.sweep(set()) == []
 
 
 @pytest.fixture(params=["procfs", "psutil"])
 async def host(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Host]:
-    """Give a host for each way of looking at processes; nothing is left over when the test is done."""
-
-    def renew() -> ProcessRuntime:
-        table: ProcessTable | None = PsutilTable() if request.param == "psutil" else None
-        return ProcessRuntime(tmp_path / "state", 64 * 1024, table=table)
-
-    host = Host(tmp_path / "state", renew)
-    yield host
-    await host.process_runtime.sweep(set())
-    assert await host.process_runtime.sweep(set()) == []
+    """Give a host for each way of looking at processes."""
+    async with process_host(request.param, tmp_path / "state") as host:
+        yield host
 
 
 @pytest.fixture

@@ -88,6 +88,13 @@ def main(behaviour: str, argument: str) -> None:
             say(argument)
             say("ready")
             idle()
+        case "answer":
+            port, word = argument.split(",")
+            with socket.create_server(("0.0.0.0", int(port))) as server:
+                say("ready")
+                while True:
+                    with server.accept()[0] as client:
+                        client.sendall(word.encode())
         case "chatter":
             for number in range(int(argument)):
                 say("line", number, "." * 100)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -290,3 +291,19 @@ async def test_what_survives_sigkill_is_told(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(Unkillable):
             await runtime.sweep(set())
     assert await runtime.stop(running, 0) == Exit(-9, killed=True)
+
+
+async def test_a_stranger_that_listens_is_not_the_instance(host: Host) -> None:
+    """A port that someone else holds doesn't count as the instance's."""
+    address = await host.allocate()
+    with socket.create_server((address.host, address.port)):
+        running = await host.runtime.start(host.order(host.launch("obey"), address))
+        await host.says(running, "ready")
+        assert not await host.runtime.listening(running)
+
+
+async def test_addresses_are_loopback_and_differ(host: Host) -> None:
+    """Addresses are on loopback, and not the same twice in a row."""
+    addresses = [await host.allocate() for _ in range(20)]
+    assert len(set(addresses)) == 20
+    assert {address.host for address in addresses} == {"127.0.0.1"}
