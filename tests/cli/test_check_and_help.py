@@ -46,8 +46,9 @@ def test_check_accepts_a_right_file_without_warnings(command: Run, tmp_path: Pat
     assert "warning" not in ran.out
 
 
-def test_check_warns_about_what_looks_wrong(command: Run, tmp_path: Path) -> None:
+def test_check_warns_about_what_looks_wrong(command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Missing programs and folders, a command without its port, no port, an open host: each is named."""
+    monkeypatch.setattr("modelswap.cli.check._IN_A_CONTAINER", tmp_path / "none")
     file = tmp_path / "m.yaml"
     file.write_text(ODD % sys.executable)
     ran = command("check", "-c", str(file))
@@ -58,7 +59,7 @@ def test_check_warns_about_what_looks_wrong(command: Run, tmp_path: Path) -> Non
         "scheduling.max_wait",
         "models.a: no-such-program-anywhere is not on PATH",
         "models.b: there is no program /no/such/program",
-        "models.b: its command has no {port}",
+        "models.b: its command has no {port}, so it can't listen where modelswap expects it: add {port}",
         "models.c: cwd /no/such/folder is not a folder",
     ):
         assert f"warning: {expected}" in ran.out
@@ -104,10 +105,10 @@ def test_check_warns_about_containers_that_look_wrong(
     warned = [line for line in command("check", "-c", str(file)).out.splitlines() if line.startswith("warning: ")]
     expected = (
         "docker.host is tcp://10.1.2.3:2375: without TLS",
-        "models.a: say what its container takes of the GPU",
+        "models.a: nobody says what its container takes of the GPU: say it, e.g. memory: 20GiB",
         "models.b: no volume puts /models/x into its container",
         "models.c: --tensor-parallel-size 2 needs 2 GPUs, and 'gpus' names 1",
-        "models.d: gpus: none with device: gpu",
+        "models.d: with gpus: none it takes a turn on a GPU that it can't see: say device: none",
         "models.e: its command has no {port}, so it can't listen where modelswap expects it: add {port}, or say its",
     )
     assert len(warned) == len(expected)
@@ -134,6 +135,18 @@ def test_check_knows_a_docker_that_only_we_reach(
     assert ("docker.host" in command("check", "-c", str(file)).out) is warned
     monkeypatch.setenv("DOCKER_TLS_VERIFY", "1")
     assert "docker.host" not in command("check", "-c", str(file)).out
+
+
+def test_in_a_container_an_open_host_is_no_warning(
+    command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There it must be open, and what is published decides who reaches it."""
+    mark, file = tmp_path / "mark", tmp_path / "m.yaml"
+    monkeypatch.setattr("modelswap.cli.check._IN_A_CONTAINER", mark)
+    file.write_text(GOOD % sys.executable + "orchestrator: {host: 0.0.0.0}")
+    assert "orchestrator.host" in command("check", "-c", str(file)).out
+    mark.touch()
+    assert "orchestrator.host" not in command("check", "-c", str(file)).out
 
 
 def test_check_lists_every_problem_and_ends_with_2(command: Run, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Final
 
 from rich import box
 from rich.console import Console
@@ -24,6 +25,11 @@ from modelswap.protocol.errors import ModelswapError
 from modelswap.spec import volumes
 from modelswap.spec.config import Config, Model
 
+Warned = tuple[str, str]
+"""What looks wrong, and what to do about it (empty where the first says it all)."""
+
+_IN_A_CONTAINER: Final = Path("/.dockerenv")
+
 
 def check(path: Path) -> None:
     """Print what the config file says and what looks wrong; raises `Failure` if it can't be used."""
@@ -31,8 +37,8 @@ def check(path: Path) -> None:
     console = Console(highlight=False)
     console.print(Text.assemble((str(path), "bold"), " is valid"), soft_wrap=True)
     console.print(summary(config))
-    for warning in warnings(config):
-        console.print(Text.assemble(("warning: ", "yellow"), warning), soft_wrap=True)
+    for message, remedy in warnings(config):
+        console.print(Text.assemble(("warning: ", "yellow"), message, f": {remedy}" if remedy else ""), soft_wrap=True)
 
 
 def summary(config: Config) -> Table:
@@ -70,30 +76,32 @@ def _loads(model: Model) -> str:
     return model.model or " ".join(model.command or []) or NONE
 
 
-def warnings(config: Config) -> Iterator[str]:
-    """Yield what parses but looks wrong, with its remedy."""
+def warnings(config: Config) -> Iterator[Warned]:
+    """Yield what parses but looks wrong, and what to do about it."""
     gateway, orchestrator = config.gateway, config.orchestrator
     for key, port in (("gateway.port", gateway.port), ("orchestrator.port", orchestrator.port)):
         if port == 0:
-            yield f"{key} is 0, which no client could find: name a port"
-    if orchestrator.host not in ("127.0.0.1", "::1", "localhost"):
+            yield f"{key} is 0, which no client could find", "name a port"
+    # In a container it must be so, and what is published decides who reaches it.
+    if orchestrator.host not in ("127.0.0.1", "::1", "localhost") and not _IN_A_CONTAINER.exists():
         yield (
-            f"orchestrator.host is {orchestrator.host}: whoever reaches it can swap and stop models; "
-            "127.0.0.1 keeps it to this machine"
+            f"orchestrator.host is {orchestrator.host}: whoever reaches it can swap and stop models",
+            "127.0.0.1 keeps it to this machine",
         )
     scheduling = config.scheduling
     if scheduling.max_wait >= scheduling.queue_timeout:
+        wait, timeout = f"{scheduling.max_wait:g} s", f"{scheduling.queue_timeout:g} s"
         yield (
-            f"scheduling.max_wait ({scheduling.max_wait:g} s) is not below scheduling.queue_timeout "
-            f"({scheduling.queue_timeout:g} s): requests would time out before their model's turn"
+            f"scheduling.max_wait ({wait}) is not below scheduling.queue_timeout ({timeout})",
+            "lower it: requests would time out before their model's turn",
         )
     if _open_docker(config.docker.host):
         yield (
-            f"docker.host is {config.docker.host}: without TLS, whoever reaches it is root on that machine; use "
-            "a socket that is forwarded (ssh -NL), or set DOCKER_TLS_VERIFY and DOCKER_CERT_PATH"
+            f"docker.host is {config.docker.host}: without TLS, whoever reaches it is root on that machine",
+            "use a socket that is forwarded (ssh -NL), or set DOCKER_TLS_VERIFY and DOCKER_CERT_PATH",
         )
     for name, model in config.models.items():
-        yield from (f"models.{name}: {warning}" for warning in _model_warnings(name, model))
+        yield from ((f"models.{name}: {message}", remedy) for message, remedy in _model_warnings(name, model))
 
 
 def _open_docker(host: str | None, env: Mapping[str, str] = os.environ) -> bool:
@@ -107,7 +115,7 @@ def _open_docker(host: str | None, env: Mapping[str, str] = os.environ) -> bool:
         return "." in name
 
 
-def _model_warnings(name: str, model: Model) -> Iterator[str]:
+def _model_warnings(name: str, model: Model) -> Iterator[Warned]:
     match model.runtime:
         case "process":
             yield from _process_warnings(name, model)
@@ -115,10 +123,10 @@ def _model_warnings(name: str, model: Model) -> Iterator[str]:
             yield from _image_warnings(name, model)
         case "adopted":
             if model.engine == "vllm" and model.memory is None and model.device == "gpu":
-                yield "say what its container takes of the GPU (memory: 20GiB), so that it is started only if that fits"
+                yield "nobody says what its container takes of the GPU", "say it, e.g. memory: 20GiB"
     if model.runtime != "adopted" and model.engine == "custom" and _lacks_port(model):
         or_say = ", or say its 'port'" if model.runtime == "managed" else ""
-        yield f"its command has no {{port}}, so it can't listen where modelswap expects it: add {{port}}{or_say}"
+        yield "its command has no {port}, so it can't listen where modelswap expects it", f"add {{port}}{or_say}"
 
 
 def _lacks_port(model: Model) -> bool:
@@ -128,30 +136,34 @@ def _lacks_port(model: Model) -> bool:
     return bool(model.command) and not any("{port}" in word for word in words)
 
 
-def _process_warnings(name: str, model: Model) -> Iterator[str]:
+def _process_warnings(name: str, model: Model) -> Iterator[Warned]:
     try:
         launch = engine_for(model.engine).launch(name, model, Address("127.0.0.1", 1))
     except ModelswapError as error:
-        yield str(error)
+        message, found, remedy = str(error).partition("; ")
+        if not found:
+            message, _, remedy = str(error).partition(". ")
+        yield message, remedy
         return
     program = launch.argv[0]
     if "/" in program and not Path(launch.cwd or ".", program).exists():
-        yield f"there is no program {program}: mend its path, or install it"
+        yield f"there is no program {program}", "mend its path, or install it"
     elif shutil.which(program, path=launch.env.get("PATH")) is None:
-        yield f"{program} is not on PATH, or can't be executed: give its full path, or install it"
+        yield f"{program} is not on PATH, or can't be executed", "give its full path, or install it"
     if launch.cwd is not None and not Path(launch.cwd).is_dir():
-        yield f"cwd {launch.cwd} is not a folder: make it, or name another"
+        yield f"cwd {launch.cwd} is not a folder", "make it, or name another"
     if model.model and model.model.startswith(("/", "~", "./")) and not Path(model.model).expanduser().exists():
-        yield f"there is no {model.model}: mend the path, or download the model to it"
+        yield f"there is no {model.model}", "mend the path, or download the model to it"
 
 
-def _image_warnings(name: str, model: Model) -> Iterator[str]:
+def _image_warnings(name: str, model: Model) -> Iterator[Warned]:
     targets = [PurePosixPath(volumes.parse(text).target) for text in model.volumes]
     loads = model.model if model.engine != "custom" else None
     if loads and loads.startswith("/") and not any(PurePosixPath(loads).is_relative_to(target) for target in targets):
-        yield f"no volume puts {loads} into its container: add one to 'volumes', unless the image has it"
+        yield f"no volume puts {loads} into its container", "add one to 'volumes', unless the image has it"
     parallel = options.whole(options.value(model.args, "--tensor-parallel-size", "-tp")) or 1
     if model.engine == "vllm" and parallel > 1 and isinstance(model.gpus, list) and len(model.gpus) < parallel:
-        yield f"--tensor-parallel-size {parallel} needs {parallel} GPUs, and 'gpus' names {len(model.gpus)}"
+        message = f"--tensor-parallel-size {parallel} needs {parallel} GPUs, and 'gpus' names {len(model.gpus)}"
+        yield message, "name as many in 'gpus'"
     if model.device == "gpu" and model.gpus == "none" and not model.devices:
-        yield "gpus: none with device: gpu takes a turn on a GPU that it can't see: say device: none, or gpus: auto"
+        yield "with gpus: none it takes a turn on a GPU that it can't see", "say device: none, or gpus: auto"

@@ -193,7 +193,7 @@ def _is_docker_host(text: str) -> bool:
 
 
 def _is_source(text: str) -> bool:
-    return text.startswith("/") or volumes.NAME.fullmatch(text) is not None
+    return text.startswith(("/", "~/")) or volumes.NAME.fullmatch(text) is not None
 
 
 def _is_extra_host(text: str) -> bool:
