@@ -1,0 +1,1 @@
+"""Compose files: the LLM services in them, as containers to adopt or to manage."""

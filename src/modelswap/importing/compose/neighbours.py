@@ -1,0 +1,109 @@
+"""The services of a compose file that are no model: what they have to do with the models all the same."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from modelswap.importing.result import Imported, Kind
+from modelswap.importing.servers import Server, split_image
+from modelswap.importing.service import Service
+
+_SWAPS: Final = re.compile(
+    r"litellm|llama-swap|llmsnap|vllm-router|production-stack|sgl.*router|portkey|bifrost|one-api|new-api|sablier|large-model-proxy"
+)
+_PROXIES: Final = re.compile(r"(?:^|/)(?:nginx|openresty|traefik|caddy|haproxy|envoy|kong|httpd|apisix)[^/]*$")
+_OTHERS: Final = re.compile(
+    r"localai|local-ai|text-generation-webui|koboldcpp|tabbyapi|lmdeploy|tritonserver|tensorrt|xinference|aphrodite"
+    r"|text-embeddings-inference|infinity|llama-cpp-python|mlc-llm|whisper|speaches|kokoro|piper|comfyui"
+    r"|stable-diffusion|sdnext|openedai|docling-serve-cu"
+)
+_SWAP_NAMES: Final = re.compile(r"gateway|proxy|router|orchestrat|swap|balancer|switcher|llm-manager")
+_SOCKET: Final = re.compile(r"docker\.sock|DOCKER_HOST|podman\.sock")
+_URL: Final = re.compile(r"https?://([A-Za-z0-9_.-]+)(?::(\d+))?")
+
+
+def look(services: Mapping[str, dict[str, Any]], models: Mapping[str, str], imported: Imported, gateway: str) -> None:
+    """Note what the services that aren't ``models`` (model services by host name) do with them.
+
+    ``gateway`` is the address that clients are to use instead.
+    """
+    names = set(models.values())
+    for name, service in services.items():
+        if name in names:
+            continue
+        key = f"services.{name}"
+        noted = _role(name, service, key, imported)
+        noted |= _talks(service, models, key, imported, gateway)
+        needs = service.get("depends_on")
+        if isinstance(needs, dict) and (started := sorted(names & needs.keys())):
+            text = f"take {', '.join(started)} out: `docker compose up` would start it behind modelswap's back"
+            imported.note(Kind.TODO, f"{key}.depends_on", text)
+        if not noted:
+            imported.ignored.append(name)
+
+
+def pulled(services: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Return the Ollama models that some service pulls or runs."""
+    text = json.dumps([[each.get("command"), each.get("entrypoint")] for each in services.values()])
+    listed = re.sub(r'",\s*"', " ", text)
+    found = re.findall(r"\b(?:ollama\s+)?(?:pull|run)\s+([a-z0-9][\w./-]*(?::[\w.-]+)?)", listed)
+    return list(dict.fromkeys(found))
+
+
+def _role(name: str, service: dict[str, Any], key: str, imported: Imported) -> bool:
+    image, _ = split_image(str(service.get("image") or ""))
+    text = json.dumps(service)
+    if _SWAPS.search(image):
+        imported.note(
+            Kind.TODO,
+            key,
+            "routes to models or swaps them, as modelswap does now: take it out, or point it at the gateway",
+        )
+        return True
+    if _SOCKET.search(json.dumps([service.get("volumes"), service.get("environment")])):
+        imported.note(Kind.TODO, key, "drives Docker: see that it no longer starts or stops the models' containers")
+        return True
+    if _OTHERS.search(image):
+        hint = f"engine: custom, compose_service: {name}, port: …, ready: …"
+        imported.note(Kind.LOST, key, f"serves models in a way that is unknown here; if it speaks OpenAI's API: {hint}")
+        return True
+    if _PROXIES.search(image):
+        imported.note(Kind.CHANGED, key, "if it forwards to the models, point it at the gateway instead")
+        return True
+    if re.search(r'"capabilities": \[[^]]*gpu|"gpus":|"runtime": "nvidia"', text):
+        imported.note(
+            Kind.CHANGED, key, "has the GPU, too: nobody swaps it, and what it holds there, models can't have"
+        )
+        return True
+    if service.get("build") is not None and _SWAP_NAMES.search(f"{name} {image}"):
+        imported.note(
+            Kind.TODO, key, "looks like a gateway or a swapping script of your own; modelswap takes its place then"
+        )
+        return True
+    return False
+
+
+def _talks(service: dict[str, Any], models: Mapping[str, str], key: str, imported: Imported, gateway: str) -> bool:
+    found = False
+    for part in ("environment", "command", "entrypoint"):
+        value = service.get(part)
+        items = value.items() if isinstance(value, dict) else [("", json.dumps(value))]
+        for name, text in items:
+            hosts = {models[host] for host, _ in _URL.findall(str(text)) if host in models}
+            if hosts:
+                where = f"{key}.{part}.{name}" if name else f"{key}.{part}"
+                talks = f"talks to {', '.join(sorted(hosts))} itself; give it the gateway's address: {gateway}"
+                imported.note(Kind.TODO, where, talks)
+                found = True
+    return found
+
+
+def is_helper(service: Service, server: Server) -> bool:
+    """Return whether a service only calls a server's command-line tool (``ollama pull``, ``vllm bench``)."""
+    words = service.words
+    if server.kind != "ollama" or server.program or not words:
+        return False
+    return words[0] in ("pull", "run", "create") or bool(re.search(r"\b(?:pull|run|create)\b", " ".join(words)))

@@ -1,0 +1,89 @@
+"""What services share (GPU, weights, network), as our config says it once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from modelswap.importing.compose.document import Document
+from modelswap.importing.containers import without_gpu
+from modelswap.importing.result import Imported, Kind
+from modelswap.importing.sections import Section
+from modelswap.importing.servers import Server
+from modelswap.importing.service import Service
+from modelswap.importing.words import Options
+
+_HF_CACHE: Final = "/root/.cache/huggingface"
+
+Services = Mapping[str, tuple[Service, Server, Section]]
+
+
+def look(found: Services, document: Document, imported: Imported, *, manage: bool) -> None:
+    """Move into the sections ``device`` and ``docker`` what all models have in common; note what they don't."""
+    on_gpu = {name: service for name, (service, server, _) in found.items() if not without_gpu(service, server)}
+    _device(on_gpu, imported)
+    _side_by_side(found, on_gpu, imported)
+    if manage:
+        models = imported.config["models"].values()
+        _hf_cache(models, imported)
+        _network(models, imported)
+
+
+def _device(on_gpu: Mapping[str, Service], imported: Imported) -> None:
+    sets = {tuple(service.gpus) for service in on_gpu.values() if isinstance(service.gpus, list)}
+    if len(sets) > 1:
+        listed = "; ".join(
+            f"{name} on {', '.join(service.gpus)}" for name, service in on_gpu.items() if isinstance(service.gpus, list)
+        )
+        text = f"{listed}: modelswap has one device, and swaps models also where they could run side by side"
+        imported.note(Kind.CHANGED, "services", text)
+        return
+    every = all(isinstance(service.gpus, list) for service in on_gpu.values())
+    only = next(iter(sets), ())
+    if every and len(only) == 1 and only[0].isdigit():
+        if int(only[0]):
+            imported.config["device"] = {"index": int(only[0])}
+        for model in imported.config["models"].values():
+            if model.get("gpus") == list(only):
+                del model["gpus"]
+
+
+def _side_by_side(found: Services, on_gpu: Mapping[str, Service], imported: Imported) -> None:
+    shares: dict[str, float] = {}
+    for name in on_gpu:
+        server = found[name][1]
+        share = Options(server.args).peek("--gpu-memory-utilization") if server.kind == "vllm" else None
+        try:
+            shares[name] = float(share or 1)
+        except ValueError:
+            return
+    if len(shares) > 1 and sum(shares.values()) <= 1:
+        text = f"{', '.join(shares)} fit onto the GPU together; here one runs at a time, so each could have more of it"
+        imported.note(Kind.CHANGED, "services", text)
+
+
+def _hf_cache(models: Any, imported: Imported) -> None:
+    users = [model for model in models if model["engine"] == "vllm" and not model["model"].startswith(("/", "."))]
+    mounts = [[v for v in model.get("volumes", []) if v.endswith(f":{_HF_CACHE}")] for model in users]
+    sources = {tuple(each) for each in mounts}
+    if (
+        len(sources) != 1
+        or len(only := sources.pop()) != 1
+        or any("HF_HOME" in model.get("env", {}) for model in users)
+    ):
+        return
+    imported.config.setdefault("docker", {})["hf_cache"] = only[0].rpartition(":")[0]
+    imported.comment(("docker", "hf_cache"), f"Mounted at {_HF_CACHE} into every model that comes from Hugging Face.")
+    for model in users:
+        model["volumes"] = [each for each in model["volumes"] if each != only[0]]
+        if not model["volumes"]:
+            del model["volumes"]
+
+
+def _network(models: Any, imported: Imported) -> None:
+    networks = {model.get("network") for model in models}
+    if len(networks) == 1 and (network := networks.pop()):
+        imported.config.setdefault("docker", {})["network"] = network
+        imported.comment(("docker", "network"), "Where gateway, orchestrator and engines meet: be on it, too.")
+        for model in models:
+            del model["network"]

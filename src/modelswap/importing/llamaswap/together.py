@@ -1,0 +1,87 @@
+"""What may run together in llama-swap (groups, matrix), and in which order: here one model has the device at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from modelswap.importing.result import Imported, Kind
+from modelswap.importing.sections import Section
+
+_PRIORITIES = range(-100, 101)
+
+
+def look(root: Section, called: Mapping[str, str], imported: Imported) -> None:
+    """Carry priorities over; note what runs together there and takes turns here.
+
+    ``called`` has the models' names here by their names there.
+    """
+    routing = root.section("routing")
+    router, scheduler = routing.section("router"), routing.section("scheduler")
+    settings = router.section("settings")
+    _groups(root.section("groups"), called, imported)
+    _groups(settings.section("groups"), called, imported)
+    for section in (root, settings):
+        if section.take("matrix") is not None:
+            text = "models that may run together take turns here; those without a GPU (device: none) run beside"
+            imported.note(Kind.CHANGED, section.key("matrix"), text)
+    router.take("use")
+    if scheduler.take("use") is not None:
+        text = "requests wait by modelswap's own rules (scheduling in the config)"
+        imported.note(Kind.CHANGED, scheduler.key("use"), text)
+    _priorities(scheduler.section("settings").section("fifo").section("priority"), called, imported)
+    _devices(imported)
+
+
+def _groups(groups: Section, called: Mapping[str, str], imported: Imported) -> None:
+    models = imported.config["models"]
+    for _, group in groups.sections():
+        members = group.texts("members")
+        swaps, exclusive, persistent = group.flag("swap"), group.flag("exclusive"), group.flag("persistent")
+        on_gpu = [called[name] for name in members if name in called and models[called[name]].get("device") != "none"]
+        if missing := [name for name in members if name not in called]:
+            imported.note(Kind.LOST, group.key("members"), f"there is no model {', '.join(missing)}")
+        listed = ", ".join(on_gpu)
+        beside = "if one needs no GPU, say device: none, and it runs beside the others"
+        if swaps is False and len(on_gpu) > 1:
+            imported.note(Kind.CHANGED, group.key("swap"), f"{listed} ran together, and take turns here; {beside}")
+        if exclusive is False and on_gpu:
+            text = f"{listed} ran beside others, and take turns with them here; {beside}"
+            imported.note(Kind.CHANGED, group.key("exclusive"), text)
+        if persistent and on_gpu:
+            text = f"{listed} could not be put out by others, and can be here; {beside}"
+            imported.note(Kind.CHANGED, group.key("persistent"), text)
+
+
+def _priorities(section: Section, called: Mapping[str, str], imported: Imported) -> None:
+    models = imported.config["models"]
+    aliases = {alias: name for name, model in models.items() for alias in model.get("aliases", [])}
+    for name in section.value:
+        priority = section.whole(name) or 0
+        model = models.get(called.get(name, aliases.get(name, "")))
+        if model is None:
+            imported.note(Kind.LOST, section.key(name), "there is no such model")
+            continue
+        model["priority"] = min(max(priority, _PRIORITIES[0]), _PRIORITIES[-1])
+        if priority not in _PRIORITIES:
+            imported.note(Kind.CHANGED, section.key(name), f"the limit is {model['priority']}")
+
+
+def _devices(imported: Imported) -> None:
+    """Say which GPU the models are on, if they are all on the same one."""
+    models = {name: model for name, model in imported.config["models"].items() if model.get("device") != "none"}
+    gpus: dict[str, tuple[str, ...]] = {}
+    for name, model in models.items():
+        given = model.get("gpus", model.get("env", {}).get("CUDA_VISIBLE_DEVICES"))
+        if given not in (None, "all"):
+            gpus[name] = tuple(given if isinstance(given, list) else given.split(","))
+    different = set(gpus.values())
+    listed = "; ".join(f"{name} on {', '.join(each)}" for name, each in gpus.items())
+    if len(different) > 1:
+        text = f"GPUs: {listed}; modelswap has one device, and swaps models also where they could run side by side"
+        imported.note(Kind.CHANGED, "models", text)
+    elif len(different) == 1 and different != {("0",)}:
+        (only,) = different
+        if len(gpus) == len(models) and len(only) == 1 and only[0].isdigit():
+            imported.config["device"] = {"index": int(only[0])}
+        else:
+            imported.note(Kind.TODO, "models", f"GPUs: {listed}; say which one modelswap watches: device.index, else 0")
