@@ -18,7 +18,7 @@ from modelswap.core.facts import Settings
 from modelswap.core.policy import Policy
 from modelswap.simulator.arrivals import Agent, Poisson
 from modelswap.simulator.policies import AgeBound, Bypass, FloorOnly
-from modelswap.simulator.system import Setup, model
+from modelswap.simulator.setup import Setup, model
 from modelswap.simulator.timed import Timed, Timing
 
 LOAD, STOP, RELEASE = 8.0, 1.5, 0.5

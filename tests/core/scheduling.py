@@ -29,7 +29,13 @@ F = TypeVar("F", bound=effects.Effect)
 
 
 def model(
-    name: str, *, device: str | None = "gpu0", slots: int = 4, definition: str = "v1", priority: int = 0
+    name: str,
+    *,
+    device: str | None = "gpu0",
+    slots: int = 4,
+    definition: str = "v1",
+    priority: int = 0,
+    prepare: bool = False,
 ) -> ModelFacts:
     """A model's facts."""
     return ModelFacts(
@@ -39,6 +45,7 @@ def model(
         slots=slots,
         priority=priority,
         listing=CatalogModel(name=name),
+        prepare=prepare,
     )
 
 
@@ -155,7 +162,13 @@ class Bench:
         )
 
     def fail(
-        self, name: str, *, permanent: bool = False, killed: bool = False, message: str = "it broke"
+        self,
+        name: str,
+        *,
+        permanent: bool = False,
+        killed: bool = False,
+        unprepared: bool = False,
+        message: str = "it broke",
     ) -> list[effects.Effect]:
         """The engine that is being started fails."""
         code = Code.MODEL_BROKEN if permanent else Code.MODEL_START_FAILED
@@ -167,6 +180,38 @@ class Bench:
                 message=message,
                 permanent=permanent,
                 killed=killed,
+                unprepared=unprepared,
+            )
+        )
+
+    def prepared(self, name: str, definition: str = "v1") -> list[effects.Effect]:
+        """A model is prepared."""
+        return self.handle(events.Prepared(at=self.now, model=name, definition=definition))
+
+    def prepare_stage(
+        self, name: str, stage: str, fraction: float | None = None, definition: str = "v1"
+    ) -> list[effects.Effect]:
+        """Preparing a model has come so far."""
+        return self.handle(
+            events.PrepareStage(at=self.now, model=name, definition=definition, stage=stage, fraction=fraction)
+        )
+
+    def prepare_fails(
+        self, name: str, definition: str = "v1", *, permanent: bool = False, message: str = "no such image"
+    ) -> list[effects.Effect]:
+        """A model can't be prepared."""
+        code = Code.MODEL_BROKEN if permanent else Code.MODEL_START_FAILED
+        return self.handle(
+            events.PrepareFailed(
+                at=self.now, model=name, definition=definition, code=code, message=message, permanent=permanent
+            )
+        )
+
+    def appear(self, name: str, instance: str = "by-hand", definition: str = "v1") -> list[effects.Effect]:
+        """Somebody else has started a model's engine."""
+        return self.handle(
+            events.Appeared(
+                at=self.now, instance=instance, model=name, definition=definition, host="127.0.0.1", port=9500, slots=4
             )
         )
 

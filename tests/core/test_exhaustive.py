@@ -12,8 +12,8 @@ from _pytest.mark import ParameterSet
 from modelswap.core.facts import Settings
 from modelswap.core.policy import Contender, Residency, Verdict
 from modelswap.simulator.explore import begin, explore
+from modelswap.simulator.setup import Setup, model
 from modelswap.simulator.stepped import Budget, Stepped
-from modelswap.simulator.system import Setup, model
 from modelswap.simulator.traffic import Violation
 
 LONG = 1e6
@@ -44,6 +44,7 @@ def worlds() -> Iterator[ParameterSet]:
         if thorough:
             yield pytest.param(2, 2, fault, id=f"2 tickets, 2 slots, {name}")
             yield pytest.param(3, 1, fault, id=f"3 tickets, 1 slot, {name}")
+    yield pytest.param(2, 1, "appearances", id="2 tickets, 1 slot, an engine is started by hand")
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +56,10 @@ def _untraced() -> Iterator[None]:
     sys.settrace(trace)
 
 
-def small_world(budget: Budget, *, slots: int = 1) -> Stepped:
+def small_world(budget: Budget, *, slots: int = 1, prepare: bool = False) -> Stepped:
     """Return a connected world whose first request has been made: by symmetry it doesn't matter where and for what."""
     setup = Setup(
-        models=(model("a", slots=slots), model("b", slots=slots)),
+        models=(model("a", slots=slots, prepare=prepare), model("b", slots=slots)),
         gateways=("g0", "g1"),
         settings=TIMELESS,
         terse=True,
@@ -77,6 +78,16 @@ def test_every_interleaving(asks: int, slots: int, fault: str | None) -> None:
         setattr(budget, fault, 1)
     found = explore(small_world(budget, slots=slots))
     assert found.states > 500
+    assert found.rests > 5
+
+
+@pytest.mark.parametrize("fault", [None, "spoilings", "failures"])
+def test_every_interleaving_with_preparing(fault: str | None) -> None:
+    """The same where a model must be prepared, which fails once, or what was prepared disappears."""
+    budget = Budget(asks=2)
+    if fault is not None:
+        setattr(budget, fault, 1)
+    found = explore(small_world(budget, prepare=True))
     assert found.rests > 5
 
 

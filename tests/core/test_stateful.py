@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from modelswap.core.facts import Settings
+from modelswap.simulator.setup import Setup, model
 from modelswap.simulator.stepped import Budget, Stepped
-from modelswap.simulator.system import Setup, model
 
 EXAMPLES = int(os.environ.get("MODELSWAP_EXAMPLES", "1000"))
 CHEAP = ("up", "down", "done", "finish", "connect", "tick", "deadline", "time", "ask")
@@ -18,9 +18,11 @@ CHEAP = ("up", "down", "done", "finish", "connect", "tick", "deadline", "time", 
 setups = st.builds(
     Setup,
     models=st.tuples(
-        st.sampled_from((1, 2, 3)).map(lambda slots: model("a", slots=slots)),
+        st.builds(lambda slots, prepare: model("a", slots=slots, prepare=prepare), st.integers(1, 3), st.booleans()),
         st.sampled_from((1, 2)).map(lambda slots: model("b", slots=slots)),
-    ).flatmap(lambda two: st.sampled_from((two, (*two, model("c")), (*two, model("beside", device=None))))),
+    ).flatmap(
+        lambda two: st.sampled_from((two, (*two, model("c", prepare=True)), (*two, model("beside", device=None))))
+    ),
     gateways=st.sampled_from((("g0", "g1"), ("g0",), ("g0", "g1", "g2"))),
     settings=st.builds(
         Settings,
@@ -47,6 +49,8 @@ budgets = st.builds(
     restarts=st.integers(0, 2),
     commands=st.integers(0, 2),
     stalls=st.integers(0, 2),
+    appearances=st.integers(0, 2),
+    spoilings=st.integers(0, 2),
 )
 
 

@@ -7,7 +7,7 @@ import pytest
 from modelswap.core.policy import Policy
 from modelswap.simulator.arrivals import Agent
 from modelswap.simulator.policies import Bypass
-from modelswap.simulator.system import Setup, model
+from modelswap.simulator.setup import Setup, model
 from modelswap.simulator.timed import Timed, Timing
 
 HOURS = 1.0

@@ -308,10 +308,10 @@ class Scheduler:
         for instance in [i for i in world.instances.values() if i.gone]:
             swapping.settle(world, instance)
         appearing.decide(world)
-        preparing.begin(world)
         for device in list(world.devices.values()):
             swapping.advance(world, device)
             swapping.decide(world, device, self._policy)
+        preparing.begin(world)
         self._answer_unloads()
         if world.catalog_changed:
             world.catalog_changed = False

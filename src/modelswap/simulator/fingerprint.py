@@ -90,6 +90,7 @@ class _Canon:
         return (
             (budget.asks, budget.leaves, budget.first_bytes, budget.drops, budget.engine_deaths, budget.failures),
             (budget.stops, budget.gateway_deaths, budget.restarts, budget.commands, budget.stalls, world.stalled),
+            (budget.appearances, budget.spoilings),
             None if scheduler is None else self._scheduler(scheduler.world),
             tuple(self._gateway(gateway) for gateway in system.gateways.values()),
             tuple(self._link(link) for link in system.arriving),
@@ -100,7 +101,7 @@ class _Canon:
                     e.address[1],
                     e.ready,
                     e.alive,
-                    e.disturbed,
+                    (e.disturbed, e.by_hand),
                     tuple(sorted((r.gateway, self.requests[r.id]) for r in e.running.values())),
                 )
                 for e in system.machine.engines.values()
@@ -109,6 +110,7 @@ class _Canon:
             bool(system.machine.unreleased),
             tuple(sorted((self.instances[i], s.state) for i, s in system.journal.items() if i in self.instances)),
             tuple(sorted(system.known)),
+            (tuple(sorted(system.machine.prepared)), tuple(sorted(system.told_prepared))),
         )
 
     # ── the scheduler ────────────────────────────────────────────────────────────────────────────────────
@@ -127,6 +129,8 @@ class _Canon:
                 for swap in (device.swap,)
             ),
             tuple((m.backoff is not None, m.failures, m.early_deaths, m.killed_starts) for m in world.models.values()),
+            tuple((m.preparation.state, m.unprepared_starts) for m in world.models.values()),
+            self._ids(list(world.appeared)),
             tuple(world.gateways),
             tuple(
                 (
@@ -161,7 +165,7 @@ class _Canon:
             instance.floor,
             instance.gone,
             instance.probing,
-            instance.contended,
+            (instance.contended, instance.adopted),
             tuple(self._held(lease) for lease in instance.leases.values()),
         )
 

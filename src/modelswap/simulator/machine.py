@@ -24,6 +24,8 @@ class Engine:
     slots: int
     ready: bool = False
     alive: bool = True
+    by_hand: bool = False
+    """Somebody else has started it."""
     disturbed: bool = False
     """A gateway may use it without the orchestrator knowing, so it may have more to do than it has slots."""
     running: dict[int, Request] = field(default_factory=dict)
@@ -31,7 +33,7 @@ class Engine:
 
 @dataclass(slots=True, eq=False)
 class Machine:
-    """Engines, addresses, device memory.
+    """Engines, addresses, device memory, and what has been prepared.
 
     A new engine gets the address that was left last. An engine's memory comes back only some time after its end:
     until `release`, it counts as ``unreleased``.
@@ -41,16 +43,14 @@ class Machine:
     engines: dict[str, Engine] = field(default_factory=dict)
     unreleased: dict[str, int] = field(default_factory=dict)
     free: list[int] = field(default_factory=list)
+    prepared: set[str] = field(default_factory=set)
+    """Models whose image, weights and container are there."""
     _ports: int = 0
 
     def start(self, instance: str, model: str, definition: str, device: str | None, demand: int, slots: int) -> Engine:
         """Start an engine; its memory must be free."""
-        if self.free:
-            port = self.free.pop()
-        else:
-            self._ports += 1
-            port = self._ports
         place = device or f"beside:{instance}"
+        port = self.free.pop() if self.free else self._new_port()
         engine = Engine(instance, model, definition, place, demand, (HOST, port), slots)
         if device is not None:
             held = sum(other.demand for other in self.engines.values() if other.device == device)
@@ -62,6 +62,22 @@ class Machine:
         claim(instance not in self.engines, f"{instance} was started twice")
         self.engines[instance] = engine
         return engine
+
+    def start_by_hand(
+        self, instance: str, model: str, definition: str, device: str | None, demand: int, slots: int
+    ) -> Engine:
+        """Have somebody else start an engine, whoever holds the memory.
+
+        Its address is a new one: which one it gets isn't ours to choose, so nobody can be kept from it.
+        """
+        place = device or f"beside:{instance}"
+        engine = Engine(instance, model, definition, place, demand, (HOST, self._new_port()), slots, by_hand=True)
+        self.engines[instance] = engine
+        return engine
+
+    def _new_port(self) -> int:
+        self._ports += 1
+        return self._ports
 
     def die(self, instance: str) -> list[Request]:
         """End an engine's process; returns what ran on it. Its record stays until `bury`."""

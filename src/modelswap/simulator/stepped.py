@@ -12,7 +12,8 @@ from typing import Final
 from modelswap.core import events
 from modelswap.core.admission import TICK
 from modelswap.simulator.links import Link
-from modelswap.simulator.system import Setup, System
+from modelswap.simulator.setup import Setup
+from modelswap.simulator.system import System
 from modelswap.simulator.tasks import Kind
 from modelswap.simulator.traffic import claim
 
@@ -37,6 +38,8 @@ class Budget:
     restarts: int = 0
     commands: int = 0
     stalls: int = 0
+    appearances: int = 0
+    spoilings: int = 0
 
     @property
     def disturbances(self) -> int:
@@ -113,7 +116,7 @@ class Stepped:
         if budget.engine_deaths:
             actions += [("kill engine", e.instance) for e in system.machine.engines.values() if e.alive]
         if budget.failures and not self.stalled:
-            failing = (Kind.BRING_IN, Kind.PUT_OUT, Kind.VERIFY)
+            failing = (Kind.BRING_IN, Kind.PUT_OUT, Kind.VERIFY, Kind.PREPARE)
             actions += [("fail", task.id) for task in system.tasks.values() if task.kind in failing]
         if budget.stops:
             actions += [("stop", name) for name in awake]
@@ -131,6 +134,11 @@ class Stepped:
         if budget.commands and system.scheduler is not None and not self.stalled:
             actions += [("ensure", facts.name) for facts in system.setup.models]
             actions += [("unload", facts.name) for facts in system.setup.models]
+        if budget.appearances and not self.stalled:
+            running = {engine.model for engine in system.machine.engines.values() if engine.alive}
+            actions += [("appear", facts.name) for facts in system.setup.models if facts.name not in running]
+        if budget.spoilings:
+            actions += [("spoil", name) for name in sorted(system.machine.prepared)]
         return actions
 
     def _time(self) -> list[Action]:
@@ -209,6 +217,12 @@ class Stepped:
             case ("unload", str(model)):
                 budget.commands -= 1
                 system.handle(events.Unload(at=system.now, request=len(self.story), model=model))
+            case ("appear", str(model)):
+                budget.appearances -= 1
+                system.appear(model)
+            case ("spoil", str(model)):
+                budget.spoilings -= 1
+                system.spoil(model)
             case _:
                 raise ValueError(f"unknown action {action!r}")
 
@@ -302,6 +316,9 @@ class Stepped:
         if scheduler is None:
             return
         world = scheduler.world
+        strangers = self.system.machine.find(lambda engine: engine.instance not in world.instances)
+        claim(not strangers, f"engines that nobody knows of: {[engine.instance for engine in strangers]}")
+        claim(not world.appeared, f"never decided about: {list(world.appeared)}")
         claim(not len(world.waiting), f"tickets without requests: {list(world.waiting)}")
         for gateway in self.system.gateways.values():
             for lease in gateway.admission.leases:

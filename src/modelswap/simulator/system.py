@@ -2,56 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from modelswap.core import effects, events
 from modelswap.core.admission import Admission
-from modelswap.core.facts import DeviceFacts, ModelFacts, Settings
-from modelswap.core.policy import Policy
+from modelswap.core.facts import DeviceFacts
 from modelswap.core.scheduler import Scheduler
 from modelswap.core.states import InstanceState
 from modelswap.core.swap import SwapRecord
 from modelswap.protocol.codec import decode_from_gateway, decode_from_orchestrator, encode
 from modelswap.protocol.errors import Code
-from modelswap.protocol.messages import Catalog, CatalogModel, Hello, OrchestratorMessage, Progress
+from modelswap.protocol.messages import Catalog, Hello, OrchestratorMessage, Progress
 from modelswap.simulator.gateway import Gateway
 from modelswap.simulator.links import Link, Nobody, Observer
-from modelswap.simulator.machine import Machine
+from modelswap.simulator.machine import Engine, Machine
+from modelswap.simulator.setup import DEVICE, Setup, Start
 from modelswap.simulator.tasks import Kind, Task
 from modelswap.simulator.traffic import Outcome, Request, Violation, claim
 
-DEVICE = "gpu0"
 _OPENED = frozenset({InstanceState.READY, InstanceState.DRAINING})
-
-
-def model(name: str, *, slots: int = 1, device: str | None = DEVICE) -> ModelFacts:
-    """Return a model's facts."""
-    return ModelFacts(name=name, definition="v1", device=device, slots=slots, listing=CatalogModel(name=name))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """What a world is made of. ``wire``: messages go through JSON. ``policy`` None: the scheduler's own."""
-
-    models: tuple[ModelFacts, ...]
-    gateways: tuple[str, ...] = ("g0",)
-    settings: Settings = field(default_factory=Settings)
-    capacity: int = 1
-    policy: Policy | None = None
-    wire: bool = False
-    checked: bool = True
-    """Whether everything is asserted after every step; comparisons of policies run faster without."""
-    terse: bool = False
-    """Messages that change no decision aren't carried: progress, and catalogs after a gateway's first."""
-
-
-@dataclass(slots=True, eq=False)
-class Start:
-    """What the journal and the process table would tell the next orchestrator of an instance."""
-
-    model: str
-    definition: str
-    state: InstanceState
 
 
 class System:
@@ -79,6 +46,8 @@ class System:
         self.journal: dict[str, Start] = {}
         self.known: dict[str, float] = {}
         """Gateways in the journal, and when each went (infinite: it hasn't)."""
+        self.told_prepared: set[str] = set()
+        """Models that this orchestrator has been told are prepared."""
         self._numbers = 0
         self._facts = {facts.name: facts for facts in setup.models}
         for name in setup.gateways:
@@ -183,6 +152,7 @@ class System:
         """Start an orchestrator: it adopts what runs, kills strays, begins."""
         self.generation += 1
         self.since = self.now
+        self.told_prepared.clear()
         self.scheduler = Scheduler(self.generation, self.setup.policy)
         self.handle(
             events.Configure(
@@ -192,14 +162,17 @@ class System:
                 settings=self.setup.settings,
             )
         )
-        adopted = []
+        adopted: list[tuple[Start, Engine]] = []
+        appeared: list[Engine] = []
         for instance in list(self.machine.engines):
             engine = self.machine.engines[instance]
             start = self.journal.get(instance)
-            if start is None or not engine.alive or start.state not in {InstanceState.STARTING, *_OPENED}:
-                self._bury(instance)
-            else:
+            if start is not None and engine.alive and start.state in {InstanceState.STARTING, *_OPENED}:
                 adopted.append((start, engine))
+            elif start is None and engine.alive and engine.by_hand:
+                appeared.append(engine)
+            else:
+                self._bury(instance)
         self.journal = {engine.instance: start for start, engine in adopted}
         for start, engine in adopted:
             self.handle(
@@ -216,6 +189,8 @@ class System:
             )
         expected = frozenset(name for name, went in self.known.items() if self.now - went < self.setup.settings.term)
         self.handle(events.Begin(at=self.now, expected=expected))
+        for engine in appeared:
+            self._notice(engine)
 
     def kill_orchestrator(self) -> None:
         """Kill the orchestrator: connections close, its tasks end, engines go on."""
@@ -257,6 +232,8 @@ class System:
                 self.handle(events.PutOutFailed(at=self.now, instance=task.subject, message="can't be killed"))
                 self._begin(Kind.PUT_OUT, task.subject, task.model)
             case Kind.VERIFY if well:
+                for leaving in self._leaving(task.subject):
+                    self._bury(leaving)
                 self.machine.release(task.subject)
                 self.handle(events.Released(at=self.now, device=task.subject))
             case Kind.VERIFY:
@@ -268,6 +245,36 @@ class System:
                 self.handle(events.Probed(at=self.now, instance=task.subject, healthy=healthy, message="it is gone"))
             case Kind.NOTICE_DEATH:
                 self.handle(events.Died(at=self.now, instance=task.subject, message="exited with status 1"))
+            case Kind.PREPARE if well:
+                self.machine.prepared.add(task.subject)
+                self.told_prepared.add(task.subject)
+                self.handle(events.PrepareStage(at=self.now, model=task.subject, definition="v1", stage="pulling"))
+                self.handle(events.Prepared(at=self.now, model=task.subject, definition="v1"))
+            case Kind.PREPARE:
+                self.handle(
+                    events.PrepareFailed(
+                        at=self.now,
+                        model=task.subject,
+                        definition="v1",
+                        code=Code.MODEL_START_FAILED,
+                        message="no such image",
+                    )
+                )
+            case Kind.TURN_AWAY:
+                self._bury(task.subject)
+
+    def appear(self, model: str) -> None:
+        """Have somebody else start a model's engine."""
+        facts = self._facts[model]
+        engine = self.machine.start_by_hand(
+            f"{model}.0.{self._number()}", model, facts.definition, facts.device, facts.demand, facts.slots
+        )
+        self._notice(engine)
+        self.check()
+
+    def spoil(self, model: str) -> None:
+        """Have somebody remove what was prepared for a model."""
+        self.machine.prepared.discard(model)
 
     def kill_engine(self, instance: str) -> None:
         """Have an engine die by itself."""
@@ -352,13 +359,16 @@ class System:
                 self._journalled(effect)
             case effects.BringIn():
                 if not effect.adopted:
-                    facts = self._facts[effect.model]
-                    self.machine.start(
-                        effect.instance, effect.model, effect.definition, facts.device, facts.demand, facts.slots
-                    )
+                    self._start(effect)
                 self._begin(Kind.BRING_IN, effect.instance, effect.model)
             case effects.PutOut():
                 self._put_out(effect)
+            case effects.Prepare():
+                claim(self._task_of(effect.model, Kind.PREPARE) is None, f"{effect.model} is prepared twice at once")
+                claim(effect.model not in self.told_prepared, f"{effect.model} is prepared again for nothing")
+                self._begin(Kind.PREPARE, effect.model, effect.model)
+            case effects.TurnAway():
+                self._begin(Kind.TURN_AWAY, effect.instance, effect.model)
             case effects.VerifyReleased():
                 self._begin(Kind.VERIFY, effect.device, effect.model)
             case effects.Probe():
@@ -409,9 +419,35 @@ class System:
                 f"{instance} is stopped while request {request.id} of {request.gateway} runs on it",
             )
 
+    def _notice(self, engine: Engine) -> None:
+        host, port = engine.address
+        self.handle(
+            events.Appeared(
+                at=self.now,
+                instance=engine.instance,
+                model=engine.model,
+                definition=engine.definition,
+                host=host,
+                port=port,
+                slots=engine.slots,
+            )
+        )
+
+    def _leaving(self, device: str) -> list[str]:
+        """Return the engines on a device that are being turned away: its memory isn't free before they have ended."""
+        leaving = [task.subject for task in self.tasks.values() if task.kind is Kind.TURN_AWAY]
+        return [i for i in leaving if i in self.machine.engines and self.machine.engines[i].device == device]
+
+    def _start(self, effect: effects.BringIn) -> None:
+        facts = self._facts[effect.model]
+        claim(not facts.prepare or effect.model in self.told_prepared, f"{effect.instance} starts unprepared")
+        self.machine.start(effect.instance, effect.model, effect.definition, facts.device, facts.demand, facts.slots)
+
     def _brought_in(self, task: Task, *, well: bool) -> None:
         engine = self.machine.engines.get(task.subject)
-        if well and engine is not None and engine.alive:
+        needed = engine is not None and not engine.by_hand and self._facts[engine.model].prepare
+        unprepared = needed and task.model not in self.machine.prepared
+        if well and engine is not None and engine.alive and not unprepared:
             engine.ready = True
             host, port = engine.address
             self.handle(
@@ -419,9 +455,15 @@ class System:
             )
             return
         self._bury(task.subject)
+        if unprepared:
+            self.told_prepared.discard(task.model)
         self.handle(
             events.BringInFailed(
-                at=self.now, instance=task.subject, code=Code.MODEL_START_FAILED, message="it won't start"
+                at=self.now,
+                instance=task.subject,
+                code=Code.MODEL_START_FAILED,
+                message="it won't start",
+                unprepared=unprepared,
             )
         )
 

@@ -14,11 +14,13 @@ class Kind(StrEnum):
     VERIFY = "verify released"
     PROBE = "probe"
     NOTICE_DEATH = "notice death"
+    PREPARE = "prepare"
+    TURN_AWAY = "turn away"
 
 
 @dataclass(slots=True, eq=False)
 class Task:
-    """One of them. ``subject`` is an instance, or a device for `Kind.VERIFY`."""
+    """One of them. ``subject`` is an instance, a device for `Kind.VERIFY`, a model for `Kind.PREPARE`."""
 
     id: int
     kind: Kind

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from modelswap.simulator.links import Link
-from modelswap.simulator.system import Setup, System
+from modelswap.simulator.setup import Setup
+from modelswap.simulator.system import System
 from modelswap.simulator.tasks import Kind, Task
 from modelswap.simulator.traffic import Request
 
@@ -20,6 +21,7 @@ class Timing:
     load: Callable[[str], float]
     stop: Callable[[str], float] = lambda model: 0.0
     release: Callable[[str], float] = lambda device: 0.0
+    prepare: Callable[[str], float] = lambda model: 0.0
     latency: Callable[[], float] = lambda: 0.0002
 
 
@@ -79,7 +81,9 @@ class Timed:
         match task.kind:
             case Kind.BRING_IN:
                 seconds = self._timing.load(task.model)
-            case Kind.PUT_OUT:
+            case Kind.PREPARE:
+                seconds = self._timing.prepare(task.model)
+            case Kind.PUT_OUT | Kind.TURN_AWAY:
                 seconds = self._timing.stop(task.model)
             case Kind.VERIFY:
                 seconds = self._timing.release(task.subject)
