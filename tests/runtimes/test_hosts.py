@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import pytest
 from modelswap.engines.base import Address, Launch, Place
 from modelswap.protocol.errors import Code, ModelswapError
 from modelswap.runtimes.base import Exit, Known, Report, Running, Runtime, StartFailed, StartOrder, Unkillable
-from modelswap.runtimes.hosts import DockerNotOpen, Hosts
-from modelswap.spec.config import Model
+from modelswap.runtimes.docker.records import Start, Starts
+from modelswap.runtimes.hosts import DockerNotOpen, Hosts, hosts_of
+from modelswap.spec.config import Config, Device, Docker, Model, Orchestrator
 
 PROCESS = Model(engine="custom", command=["serve"])
 MANAGED = Model(engine="custom", image="engine:1")
@@ -305,3 +307,54 @@ async def test_containers_of_an_earlier_run_are_looked_after(rig: Rig) -> None:
     rig.away = None
     await rig.configure(a=PROCESS)
     assert await rig.hosts.sweep(set()) == ["of process", "of docker"]
+
+
+async def test_docker_is_opened_as_the_config_says_that_holds_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reload that brings the first container may bring Docker's address, too."""
+    opened: list[tuple[Any, ...]] = []
+    recording = Recording("docker")
+
+    @contextlib.asynccontextmanager
+    async def open_runtime(state_dir: Path, docker: Docker, **given: Any) -> AsyncIterator[Runtime]:
+        opened.append((state_dir, docker.host, given["gpu"], given["port_of"]("vllm"), given["ports"]))
+        yield recording
+
+    monkeypatch.setattr("modelswap.runtimes.docker.opening.open_runtime", open_runtime)
+    latest = Config(models={"a": PROCESS})
+    async with hosts_of(tmp_path, lambda: latest) as hosts:
+        await hosts.configure({"a": Known(PROCESS, "d")})
+        assert (await hosts.allocate(PROCESS)).address.host == "127.0.0.1"
+        assert opened == []
+        latest = Config(
+            models={"m": MANAGED},
+            docker=Docker(host="tcp://there:2375"),
+            device=Device(index=3),
+            orchestrator=Orchestrator(engine_ports="20000-20009"),
+        )
+        await hosts.configure({"m": Known(MANAGED, "d")})
+    assert opened == [(tmp_path, "tcp://there:2375", 3, 8000, range(20000, 20010))]
+
+
+async def test_docker_is_opened_for_what_an_earlier_run_has_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its containers would hold the device for ever; what is known to have ended doesn't count."""
+    opened = 0
+
+    @contextlib.asynccontextmanager
+    async def open_runtime(*_: Any, **__: Any) -> AsyncIterator[Runtime]:
+        nonlocal opened
+        opened += 1
+        yield Recording("docker")
+
+    monkeypatch.setattr("modelswap.runtimes.docker.opening.open_runtime", open_runtime)
+    records = Starts(tmp_path / "docker" / "starts")
+    start = Start(instance="m.1", model="m", definition="d", container="c0ffee", port=8000)
+    for one, times in ((start.finished(5.0), 0), (start, 1), (start.finished(5.0), 1)):
+        records.write(one)
+        (tmp_path / "docker" / "starts" / "broken.json").write_text("{")
+        async with hosts_of(tmp_path, lambda: Config(models={})) as hosts:
+            await hosts.configure({})
+        assert opened == times

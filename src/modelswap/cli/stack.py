@@ -17,7 +17,9 @@ from modelswap.cli.client import AdminClient
 from modelswap.cli.failure import ExitCode, Failure
 from modelswap.cli.supervisor import Service, Supervisor
 from modelswap.cli.waiting import first
-from modelswap.runtimes.process import ProcessRuntime
+from modelswap.engines.registry import engine_for
+from modelswap.protocol.errors import ModelswapError
+from modelswap.runtimes.hosts import hosts_of
 from modelswap.spec.config import Config
 
 _ORCHESTRATOR: Final = "orchestrator"
@@ -127,12 +129,20 @@ class Stack:
             self._say(f"{name} did not end within {_SERVICE_GRACE:g} s and was killed")
 
     async def sweep(self) -> None:
-        """Kill what is left of engines; there is nothing left after an orderly stop."""
+        """End what is left of engines, also in containers; there is nothing left after an orderly stop."""
+        from modelswap.orchestrator.facts import Configured
         from modelswap.orchestrator.state import state_dir
 
-        folder = state_dir(self.config)
-        for left in await ProcessRuntime(folder, self.config.orchestrator.log_size).sweep(set()):
-            self._say(f"killed {left}")
+        async with hosts_of(state_dir(self.config), lambda: self.config) as hosts:
+            try:
+                await hosts.configure(Configured.of(self.config, engine_for).known())
+            except ModelswapError as away:
+                self._say(f"containers can't be looked after: {away}")
+            for left in await hosts.sweep(set()):
+                self._say(f"killed {left}")
+            for running in await hosts.instances():  # others have started them; nothing would put them out now
+                await hosts.stop(running, 0)
+                self._say(f"killed container {running.container[:12]} of {running.model}")
 
     async def watch(self, every: float = _HEALTH_EVERY) -> None:
         """Kill an orchestrator that says that it can't decide any more, or says nothing: the next one takes over.

@@ -21,9 +21,11 @@ from modelswap.orchestrator.logging_setup import log_to_stderr
 from modelswap.orchestrator.server import admin_server, listen, url_of
 from modelswap.orchestrator.service import Parts, Service, running
 from modelswap.protocol.errors import ModelswapError
-from modelswap.runtimes.process import ProcessRuntime
+from modelswap.runtimes.hosts import hosts_of
 from modelswap.spec.config import Config
 from modelswap.spec.load import load
+from modelswap.weights.download import HubWeights
+from modelswap.weights.places import shared_home
 
 _log = structlog.get_logger(__name__)
 
@@ -48,13 +50,21 @@ async def serve(
         stack.enter_context(state.sole_owner(folder))
         device = await asyncio.to_thread(open_device, config.device)  # a driver may take seconds to begin
         stack.push_async_callback(device.aclose)
+        latest = config
+
+        def load_latest(path: Path) -> Config:
+            nonlocal latest
+            latest = load(path)
+            return latest
+
         parts = Parts(
-            runtime=ProcessRuntime(folder, int(config.orchestrator.log_size), ports=config.orchestrator.ports),
+            runtime=await stack.enter_async_context(hosts_of(folder, lambda: latest)),
             device=device,
             engine_for=engine_for,
-            load=load,
+            load=load_latest,
             token=tokens.token(folder),
             database=folder / "modelswap.db",
+            weights=HubWeights(cache=shared_home(config.docker)),
         )
         if sock is None:
             sock = listen(config.orchestrator.host, config.orchestrator.port)

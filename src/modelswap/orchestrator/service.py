@@ -340,6 +340,7 @@ def _changes(before: Configured, after: Configured) -> dict[str, list[str]]:
     sections = {
         "gateway": (before.config.gateway, after.config.gateway),
         "device": (before.config.device, after.config.device),
+        "docker.hf_cache": (before.config.docker.hf_cache, after.config.docker.hf_cache),
         # Before a model needs Docker, nothing has been made of that section.
         "docker": (before.config.docker, after.config.docker if _uses_docker(before) else before.config.docker),
         "orchestrator.host": (before.config.orchestrator.host, after.config.orchestrator.host),

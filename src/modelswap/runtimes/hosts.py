@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+import msgspec
 import structlog
 
 from modelswap.engines.base import Place
+from modelswap.engines.registry import engine_for
 from modelswap.protocol.errors import Code, ModelswapError
 from modelswap.runtimes.base import Exit, Known, Report, Running, Runtime, StartOrder
-from modelswap.spec.config import Model
+from modelswap.runtimes.process import ProcessRuntime
+from modelswap.spec.config import Config, Model
 
 _NOT_OPEN: Final = "the connection to Docker isn't open: no configured model needs it"
+
+_STARTS: Final = "docker/starts"
 
 _log = structlog.get_logger(__name__)
 
@@ -24,6 +30,42 @@ class DockerNotOpen(ModelswapError):
     """Something of Docker is asked for that no configured model needs."""
 
     code = Code.INTERNAL
+
+
+def hosts_of(state_dir: Path, config: Callable[[], Config]) -> Hosts:
+    """Return what hosts engines on this machine, with its records in ``state_dir``; ``config`` is the one that holds.
+
+    Docker is opened as the config says that holds then.
+    """
+    orchestrator = config().orchestrator
+
+    def open_docker() -> AbstractAsyncContextManager[Runtime]:
+        from modelswap.runtimes.docker.opening import open_runtime
+
+        now = config()
+        return open_runtime(
+            state_dir,
+            now.docker,
+            gpu=now.device.index,
+            port_of=lambda kind: engine_for(kind).port(),
+            ports=now.orchestrator.ports,
+        )
+
+    process = ProcessRuntime(state_dir, int(orchestrator.log_size), ports=orchestrator.ports)
+    return Hosts(process, open_docker, remains=lambda: any(map(_open_end, (state_dir / _STARTS).glob("*.json"))))
+
+
+class _Start(msgspec.Struct, frozen=True):
+    """What matters here of `docker.records.Start`, read without loading anything of Docker."""
+
+    ended: float = 0.0
+
+
+def _open_end(record: Path) -> bool:
+    try:
+        return not msgspec.json.decode(record.read_bytes(), type=_Start).ended
+    except (OSError, msgspec.DecodeError):
+        return False
 
 
 class Hosts:
