@@ -115,6 +115,26 @@ def check(config: ConfigFile = CONFIG_FILE) -> None:
     command(config)
 
 
+@app.command(
+    epilog=_epilog("modelswap doctor", "modelswap doctor --json | jq .findings", "modelswap doctor --deep"),
+    rich_help_panel="Look",
+)
+def doctor(
+    config: ConfigFile = CONFIG_FILE,
+    as_json: AsJson = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also start a container of each image, to see its GPUs.")
+    ] = False,
+) -> None:
+    """Look at all that models need: Docker, GPU, memory, ports, images, weights, disks, permissions.
+
+    Each finding comes with its remedy. Changes nothing. Ends with 1 if something will not work.
+    """
+    from modelswap.cli.doctor.command import doctor as command
+
+    _end(command(config, as_json=as_json, deep=deep))
+
+
 @app.command(epilog=_epilog("modelswap status", "modelswap status --json | jq .current_model"), rich_help_panel="Look")
 def status(config: ConfigFile = CONFIG_FILE, url: Url = None, as_json: AsJson = False) -> None:
     """Show what runs, who waits, the swap under way and the last ones."""
