@@ -31,6 +31,8 @@ def hosted(container: str = "") -> Hosted:
         ("c0ffee", Exit(137), -9, True),
         ("c0ffee", Exit(143), -15, True),
         ("c0ffee", Exit(139), -11, False),
+        ("c0ffee", Exit(-9), -9, True),
+        ("c0ffee", Exit(-15), -15, True),
         ("c0ffee", Exit(137, oom=True), -9, False),
         ("c0ffee", Exit(0), 0, False),
         ("c0ffee", Exit(128), 128, False),
@@ -61,7 +63,9 @@ def test_a_containers_status_tells_the_signal(container: str, exit_: Exit, code:
             Exit(137, oom=True),
             "a died: its engine was killed: its container reached its memory limit (exit status 137)",
         ),
-        ("c0ffee", Exit(1), "a died: its container exited with status 1"),
+        ("c0ffee", Exit(-15), "a was stopped from outside (exit status 143), as by `docker stop`"),
+        ("c0ffee", Exit(139), "a died: its engine killed by signal 11 (exit status 139)"),
+        ("c0ffee", Exit(1), "a died: its engine exited with status 1"),
         ("c0ffee", Exit(None), "a died: its engine ended"),
     ],
 )
@@ -85,6 +89,7 @@ def test_a_death_is_told_with_who_brought_it_about(container: str, exit_: Exit, 
             False,
         ),
         ("c0ffee", Exit(None), Diagnosis("it ended", False), "a failed to start: it ended", False),
+        ("c0ffee", Exit(-11), Diagnosis("it broke", False), "a failed to start: it broke (exit status 139)", False),
     ],
 )  # fmt: skip
 def test_a_failed_start_is_told_with_its_containers_status(

@@ -1,7 +1,7 @@
 """What it means how an instance ended, which differs between a process and a container.
 
-A container's status is that of its init: 128 + n for an engine that signal n has killed (as shells do), and 143 or 0
-for one that ``docker stop`` has asked to end.
+A container's status is that of its init: 128 + n for an engine that signal n has killed (as shells do; its runtime may
+have told that apart already), and 143 or 0 for one that ``docker stop`` has asked to end.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def death(hosted: Hosted, exit_: Exit) -> str:
     """Return in words how an instance ended that we had not told to."""
     if not _contained(hosted) or exit_.code is None:
         return f"{hosted.model} died: its engine {exit_}"
-    status = f"exit status {exit_.code}"
+    status = f"exit status {_status(exit_.code)}"
     if exit_.oom:
         return f"{hosted.model} died: its engine {exit_} ({status})"
     code = exit_code(hosted, exit_)
@@ -44,7 +44,7 @@ def death(hosted: Hosted, exit_: Exit) -> str:
         return f"{hosted.model} was stopped from outside ({status}), as by `docker stop`"
     if code == -signal.SIGKILL:
         return f"{hosted.model} was killed from outside ({status}), as by `docker kill` or for want of host memory"
-    return f"{hosted.model} died: its container {exit_}"
+    return f"{hosted.model} died: its engine {Exit(code)}" + (f" ({status})" if code != exit_.code else "")
 
 
 def failed_start(hosted: Hosted, exit_: Exit, found: Diagnosis) -> Diagnosis:
@@ -52,9 +52,14 @@ def failed_start(hosted: Hosted, exit_: Exit, found: Diagnosis) -> Diagnosis:
     reason = found.reason
     if exit_.oom:
         reason = f"its container reached its memory limit and was killed; give it more memory ({found.reason})"
-    if _contained(hosted) and exit_.code is not None and f"status {exit_.code}" not in reason:
-        reason = f"{reason} (exit status {exit_.code})"
+    if _contained(hosted) and exit_.code is not None and (status := f"status {_status(exit_.code)}") not in reason:
+        reason = f"{reason} (exit {status})"
     return Diagnosis(f"{hosted.model} failed to start: {reason}", found.permanent and not exit_.oom)
+
+
+def _status(code: int) -> int:
+    """Return an exit code as `docker ps` shows it."""
+    return _SIGNALLED - code if code < 0 else code
 
 
 def _contained(hosted: Hosted) -> bool:
