@@ -41,7 +41,7 @@ async def room(scene: Scene) -> list[Finding]:
     wants: list[tuple[Path, str, int]] = [(state_dir(scene.config, scene.env), "state and logs", 0)]
     for wanted in await weights.wanted_repos(scene):
         if wanted.hub is not None:
-            wants += [(wanted.hub, "weights", await _still_to_come(wanted))]
+            wants += [(wanted.hub, "weights", await still_to_come(wanted))]
     with contextlib.suppress(ToldElsewhere):  # where Docker keeps images can't be seen then
         wants += await _images(scene)
     disks: dict[int, Disk] = {}
@@ -55,7 +55,8 @@ async def room(scene: Scene) -> list[Finding]:
     return [of_disk(disk) for disk in disks.values()]
 
 
-async def _still_to_come(wanted: weights.Wanted) -> int:
+async def still_to_come(wanted: weights.Wanted) -> int:
+    """Return about how many bytes of a repository are not here yet."""
     hub = wanted.hub
     if hub is None:
         return 0
