@@ -57,14 +57,14 @@ class Hub:
 
 
 @contextmanager
-def serving() -> Iterator[Hub]:
+def serving(host: str = "127.0.0.1", port: int = 0) -> Iterator[Hub]:
     """Serve until the block ends."""
 
     class Handler(_Handler):
         pass
 
-    with _Server(("127.0.0.1", 0), Handler) as server:
-        hub = Hub(f"http://127.0.0.1:{server.server_port}")
+    with _Server((host, port), Handler) as server:
+        hub = Hub(f"http://{host}:{server.server_port}")
         Handler.hub = hub
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()

@@ -171,12 +171,15 @@ async def _run(wanted: Wanted, env: Mapping[str, str], told: Told) -> wire.Done 
         raise WeightsUnavailable(f"no process can be started to download weights: {error}") from error
     try:
         return await _converse(process, wanted, job, env, told)
-    finally:
+    except BaseException:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-        await process.wait()
+        raise
+    finally:
+        # The end of its input ends it, if nothing else has.
         if process.stdin is not None:
             process.stdin.close()
+        await process.wait()
 
 
 async def _converse(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 
 from modelswap.weights import cache, resuming, wire
@@ -28,6 +28,7 @@ from modelswap.weights.faults import NoRoom, NoWeights, kind
 from modelswap.weights.plan import Repo, choose, is_weights
 
 _AT_ONCE: Final = 8
+_STEP: Final = 1 << 20
 _TELL_EVERY: Final = 0.2
 _BLOCK: Final = 512
 
@@ -126,6 +127,8 @@ class Teller:
 
 def main() -> int:
     """Download what standard input says; returns the process's exit status."""
+    # The library's own steps of 10 MB are what a kill would cost per file, and as coarse would progress be.
+    constants.DOWNLOAD_CHUNK_SIZE = _STEP
     out = os.dup(1)
     os.dup2(2, 1)  # what libraries print is none of the protocol
     job = msgspec.json.decode(sys.stdin.buffer.readline(), type=wire.Job)
