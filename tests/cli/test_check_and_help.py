@@ -68,14 +68,13 @@ def test_check_warns_about_what_looks_wrong(command: Run, tmp_path: Path, monkey
 CONTAINERS = """
 models:
   here: {engine: custom, command: [%s, "{port}"]}
-  old: {container: mistral-llm, model: org/mistral, memory: 5GiB}
-  svc: {compose_service: coder-llm, model: org/coder, memory: 5GiB}
+  old: {container: mistral-llm, model: org/mistral}
+  svc: {compose_service: coder-llm, model: org/coder}
   new: {image: "vllm/vllm-openai:v1", model: org/llava}
 """
 
 ODD_CONTAINERS = """
 models:
-  a: {container: mistral-llm}
   b: {image: i, model: /models/x, volumes: ["/srv:/srv"]}
   c: {image: i, model: m, args: [-tp, 2], gpus: [0]}
   d: {image: i, model: m, gpus: none}
@@ -98,14 +97,13 @@ def test_check_says_what_hosts_each_model(command: Run, tmp_path: Path) -> None:
 def test_check_warns_about_containers_that_look_wrong(
     command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory that nobody can tell, weights that no volume brings, too few GPUs, an open Docker: each is named."""
+    """Weights that no volume brings, too few GPUs, an open Docker: each is named."""
     monkeypatch.delenv("DOCKER_TLS_VERIFY", raising=False)
     file = tmp_path / "m.yaml"
     file.write_text(ODD_CONTAINERS)
     warned = [line for line in command("check", "-c", str(file)).out.splitlines() if line.startswith("warning: ")]
     expected = (
         "docker.host is tcp://10.1.2.3:2375: without TLS",
-        "models.a: nobody says what its container takes of the GPU: say it, e.g. memory: 20GiB",
         "models.b: no volume puts /models/x into its container",
         "models.c: --tensor-parallel-size 2 needs 2 GPUs, and 'gpus' names 1",
         "models.d: with gpus: none it takes a turn on a GPU that it can't see: say device: none",

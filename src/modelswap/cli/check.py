@@ -122,8 +122,7 @@ def _model_warnings(name: str, model: Model) -> Iterator[Warned]:
         case "managed":
             yield from _image_warnings(name, model)
         case "adopted":
-            if model.engine == "vllm" and model.memory is None and model.device == "gpu":
-                yield "nobody says what its container takes of the GPU", "say it, e.g. memory: 20GiB"
+            pass  # only Docker knows more of it: `modelswap doctor`
     if model.runtime != "adopted" and model.engine == "custom" and _lacks_port(model):
         or_say = ", or say its 'port'" if model.runtime == "managed" else ""
         yield "its command has no {port}, so it can't listen where modelswap expects it", f"add {{port}}{or_say}"
