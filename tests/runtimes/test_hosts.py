@@ -13,9 +13,9 @@ import pytest
 
 from modelswap.engines.base import Address, Launch, Place
 from modelswap.protocol.errors import Code, ModelswapError
-from modelswap.runtimes.base import Exit, Known, Report, Running, Runtime, StartFailed, StartOrder, Unkillable
+from modelswap.runtimes.base import Exit, Known, Report, Running, StartFailed, StartOrder, Unkillable
 from modelswap.runtimes.docker.records import Start, Starts
-from modelswap.runtimes.hosts import DockerNotOpen, Hosts, hosts_of
+from modelswap.runtimes.hosts import Containers, DockerNotOpen, Hosts, hosts_of
 from modelswap.spec.config import Config, Device, Docker, Model, Orchestrator
 
 PROCESS = Model(engine="custom", command=["serve"])
@@ -82,6 +82,9 @@ class Recording:
     async def appeared(self) -> Running:
         return await self.appearances.get()
 
+    def shares_cache(self, spec: Model) -> bool:
+        return spec.container == "llm"
+
     def owns(self, pid: int) -> bool:
         return pid in self.pids
 
@@ -112,7 +115,7 @@ class Rig:
         self.hosts = Hosts(self.process, self.open, lambda: self.remaining)
 
     @contextlib.asynccontextmanager
-    async def open(self) -> AsyncIterator[Runtime]:
+    async def open(self) -> AsyncIterator[Containers]:
         self.opened += 1
         self.tasks.append(asyncio.current_task())
         try:
@@ -191,6 +194,13 @@ async def test_each_model_is_hosted_by_its_own_runtime(rig: Rig, spec: Model, na
     other = rig.process if name == "docker" else rig.docker
     assert own.asked == [(what, "x") for what in ("fetch", "create", "wait", "listening", "stop")]
     assert other.asked == []
+
+
+async def test_docker_tells_which_containers_share_our_cache(rig: Rig) -> None:
+    """As long as it isn't open, none does."""
+    assert not rig.hosts.shares_cache(ADOPTED)
+    await rig.configure(a=ADOPTED)
+    assert rig.hosts.shares_cache(ADOPTED) and not rig.hosts.shares_cache(MANAGED)
 
 
 async def test_what_concerns_all_asks_all(rig: Rig) -> None:
@@ -317,7 +327,7 @@ async def test_docker_is_opened_as_the_config_says_that_holds_then(
     recording = Recording("docker")
 
     @contextlib.asynccontextmanager
-    async def open_runtime(state_dir: Path, docker: Docker, **given: Any) -> AsyncIterator[Runtime]:
+    async def open_runtime(state_dir: Path, docker: Docker, **given: Any) -> AsyncIterator[Containers]:
         opened.append((state_dir, docker.host, given["gpu"], given["port_of"]("vllm"), given["ports"]))
         yield recording
 
@@ -344,7 +354,7 @@ async def test_docker_is_opened_for_what_an_earlier_run_has_started(
     opened = 0
 
     @contextlib.asynccontextmanager
-    async def open_runtime(*_: Any, **__: Any) -> AsyncIterator[Runtime]:
+    async def open_runtime(*_: Any, **__: Any) -> AsyncIterator[Containers]:
         nonlocal opened
         opened += 1
         yield Recording("docker")

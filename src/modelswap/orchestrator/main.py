@@ -57,14 +57,15 @@ async def serve(
             latest = load(path)
             return latest
 
+        hosts = await stack.enter_async_context(hosts_of(folder, lambda: latest))
         parts = Parts(
-            runtime=await stack.enter_async_context(hosts_of(folder, lambda: latest)),
+            runtime=hosts,
             device=device,
             engine_for=engine_for,
             load=load_latest,
             token=tokens.token(folder),
             database=folder / "modelswap.db",
-            weights=HubWeights(cache=shared_home(config.docker)),
+            weights=HubWeights(cache=shared_home(config.docker), mounted=hosts.shares_cache),
         )
         if sock is None:
             sock = listen(config.orchestrator.host, config.orchestrator.port)

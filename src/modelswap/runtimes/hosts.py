@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 import msgspec
 import structlog
@@ -32,6 +32,14 @@ class DockerNotOpen(ModelswapError):
     code = Code.INTERNAL
 
 
+class Containers(Runtime, Protocol):
+    """What `Hosts` needs of the runtime that hosts containers."""
+
+    def shares_cache(self, spec: Model) -> bool:
+        """Return whether a container that somebody else made loads its weights from our Hugging Face cache."""
+        ...
+
+
 def hosts_of(state_dir: Path, config: Callable[[], Config]) -> Hosts:
     """Return what hosts engines on this machine, with its records in ``state_dir``; ``config`` is the one that holds.
 
@@ -39,7 +47,7 @@ def hosts_of(state_dir: Path, config: Callable[[], Config]) -> Hosts:
     """
     orchestrator = config().orchestrator
 
-    def open_docker() -> AbstractAsyncContextManager[Runtime]:
+    def open_docker() -> AbstractAsyncContextManager[Containers]:
         from modelswap.runtimes.docker.opening import open_runtime
 
         now = config()
@@ -78,13 +86,13 @@ class Hosts:
     def __init__(
         self,
         process: Runtime,
-        open_docker: Callable[[], AbstractAsyncContextManager[Runtime]],
+        open_docker: Callable[[], AbstractAsyncContextManager[Containers]],
         remains: Callable[[], bool] = lambda: False,
     ) -> None:
         self._process = process
         self._open_docker = open_docker
         self._remains = remains
-        self._docker: Runtime | None = None
+        self._docker: Containers | None = None
         self._dockers: frozenset[str] = frozenset()
         self._keeper: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
@@ -173,6 +181,10 @@ class Hosts:
                     del self._appearing[task]
                     return task.result()
 
+    def shares_cache(self, spec: Model) -> bool:
+        """Return whether a container that somebody else made loads its weights from our Hugging Face cache."""
+        return self._docker is not None and self._docker.shares_cache(spec)
+
     def owns(self, pid: int) -> bool:
         """See `Runtime`."""
         return any(runtime.owns(pid) for runtime in self._all())
@@ -216,14 +228,14 @@ class Hosts:
     def _hosting(self, running: Running) -> Runtime:
         return self._sure() if running.container else self._process
 
-    def _sure(self) -> Runtime:
+    def _sure(self) -> Containers:
         if self._docker is None:
             raise DockerNotOpen(_NOT_OPEN)
         return self._docker
 
     async def _begin_docker(self, models: Mapping[str, Known]) -> None:
         """Open Docker; a task of its own enters and leaves the context, since whoever configures us comes and goes."""
-        opened: asyncio.Future[Runtime] = asyncio.get_running_loop().create_future()
+        opened: asyncio.Future[Containers] = asyncio.get_running_loop().create_future()
         self._keeper = asyncio.create_task(self._keep(opened), name="docker")
         try:
             docker = await opened
@@ -236,7 +248,7 @@ class Hosts:
         self._docker = docker
         self._opened.set()
 
-    async def _keep(self, opened: asyncio.Future[Runtime]) -> None:
+    async def _keep(self, opened: asyncio.Future[Containers]) -> None:
         try:
             async with self._open_docker() as docker:
                 if not opened.done():

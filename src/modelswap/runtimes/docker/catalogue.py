@@ -14,6 +14,7 @@ from modelswap.runtimes.docker.client import Trouble, failure, persistently
 from modelswap.runtimes.docker.compose import SERVICE
 from modelswap.runtimes.docker.finding import Ambiguous, NoSuchContainer, find_adopted, forbid_restarts
 from modelswap.runtimes.docker.inspected import Inspected, exposed_by, labels_of, name_of
+from modelswap.runtimes.docker.sharing import shares_cache
 from modelswap.runtimes.docker.surroundings import Surroundings
 from modelswap.spec.config import EngineName, Model
 
@@ -55,6 +56,7 @@ class Catalogue:
         self._port_of = port_of
         self.models: Mapping[str, Known] | None = None
         """By name; None until the first `configure`."""
+        self._sharing: dict[tuple[str | None, str | None], bool] = {}
 
     def configure(self, models: Mapping[str, Known]) -> None:
         """Learn which models there are."""
@@ -70,6 +72,7 @@ class Catalogue:
         Raises `NoSuchContainer`, `Ambiguous`, `DockerAway`, and `StartFailed` if Docker doesn't let us look.
         """
         found = await self._find(name, spec)
+        self._sharing[spec.container, spec.compose_service] = shares_cache(found, self._around.hf_cache)
         try:
             changed = await persistently(
                 lambda: forbid_restarts(self._docker, found), f"setting the restart policy of {name_of(found)}"
@@ -92,6 +95,10 @@ class Catalogue:
                 was=policy,
             )
         return found
+
+    def shares_cache(self, spec: Model) -> bool:
+        """Return whether an adopted model's container loads its weights from our cache, as it was when last found."""
+        return self._sharing.get((spec.container, spec.compose_service), False)
 
     async def forbid_restarts(self, names: list[str]) -> None:
         """Have Docker start none of these adopted models by itself; of those that it can't, tell the log."""

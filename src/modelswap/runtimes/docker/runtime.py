@@ -75,8 +75,9 @@ class DockerRuntime:
             raise failure(error, "to tell what runs") from error
 
     async def fetch(self, name: str, spec: Model, report: Report) -> None:
-        """See `Runtime`: have the image here. An adopted container's is here already."""
+        """See `Runtime`: have the image here. An adopted container must be there, and its image is then, too."""
         if spec.image is None:
+            await self._catalogue.find(name, spec)
             return
         ref = spec.image
         try:
@@ -96,6 +97,10 @@ class DockerRuntime:
             await pull(self._docker, ref, report)
         except Trouble as error:
             raise failure(error, f"to fetch the image {ref}") from error
+
+    def shares_cache(self, spec: Model) -> bool:
+        """Return whether a container that somebody else made loads its weights from our Hugging Face cache."""
+        return self._catalogue.shares_cache(spec)
 
     async def allocate(self, spec: Model) -> Place:
         """See `Runtime`; the address is the container's own. Raises `NotPrepared` if its image isn't here."""
