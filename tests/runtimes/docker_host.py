@@ -28,12 +28,6 @@ SCRIPT: Final = "/engine_script.py"
 PYTHON: Final = ("python3", "-S", "-E", SCRIPT)
 
 
-def managed(**more: Any) -> Model:
-    """Return a model that is served from an image."""
-    given = {"volumes": [f"{ENGINE}:{SCRIPT}:ro"], "entrypoint": [], "port": PORT, **more}
-    return Model(engine="custom", command=["stand-in"], image=IMAGE, **given)
-
-
 def adopted(**more: Any) -> Model:
     """Return a model whose container somebody else makes."""
     return Model(engine="custom", port=PORT, **more)
@@ -49,6 +43,7 @@ class DockerHost:
         self.docker = docker
         self.state_dir = state_dir
         self.name = name
+        self.network = f"{name}-net"
         self.model = f"{name}/model"
         self.models: dict[str, Known] = {}
         self._stack = contextlib.AsyncExitStack()
@@ -58,11 +53,16 @@ class DockerHost:
         """Return the log's words after ``word``, once the engine has said it."""
         return await says(self.runtime, running, word)
 
-    async def open(self, **more: Any) -> DockerRuntime:
+    def managed(self, **more: Any) -> Model:
+        """Return a model that is served from an image, in a container on a network of our own."""
+        given = {"volumes": [f"{ENGINE}:{SCRIPT}:ro"], "entrypoint": [], "port": PORT, "network": self.network, **more}
+        return Model(engine="custom", command=["stand-in"], image=IMAGE, **given)
+
+    async def open(self, docker: config.Docker | None = None, **more: Any) -> DockerRuntime:
         """Open another runtime on the same state, as a new orchestrator would."""
         opened = open_runtime(
             self.state_dir,
-            config.Docker(),
+            docker or config.Docker(),
             gpu=0,
             port_of=lambda _: PORT,
             lock=self.name,
@@ -99,10 +99,28 @@ class DockerHost:
         """Start a stand-in engine."""
         return await self.runtime.start(await self.order_of(behaviour, argument, model))
 
+    async def reopen(self, docker: config.Docker | None = None) -> None:
+        """Close all runtimes, and open one."""
+        await self._stack.aclose()
+        self.runtime = await self.open(docker)
+
+    async def prepare(self) -> None:
+        """Make the network, open the runtime, configure one managed model."""
+        await api.call(self.docker, "POST", "networks/create", body={"Name": self.network})
+        await self.reopen()
+        await self.configure(model=self.managed())
+
     async def make(self, name: str, command: Sequence[str] = (*PYTHON, "obey"), **more: Any) -> str:
         """Make a container as somebody else would; returns its id. Its name gets our prefix."""
-        host = {"Binds": [f"{ENGINE}:{SCRIPT}:ro"], "Init": True, **more.pop("HostConfig", {})}
-        body = {"Image": IMAGE, "Cmd": list(command), "HostConfig": host, **more}
+        host = {
+            "Binds": [f"{ENGINE}:{SCRIPT}:ro"],
+            "Init": True,
+            "NetworkMode": self.network,
+            "PortBindings": {f"{PORT}/tcp": [{"HostIp": "127.0.0.1", "HostPort": ""}]},
+            **more.pop("HostConfig", {}),
+        }
+        exposed: dict[str, dict[str, str]] = {f"{PORT}/tcp": {}}
+        body = {"Image": IMAGE, "Cmd": list(command), "ExposedPorts": exposed, "HostConfig": host, **more}
         params = {"name": f"{self.name}-{name}"}
         made = await api.call(self.docker, "POST", "containers/create", params=params, body=body)
         return str(made["Id"])
@@ -123,11 +141,18 @@ class DockerHost:
         mine = (self.name, f"modelswap-{self.name}")
         return [each for each in listed if each["Names"][0].removeprefix("/").startswith(mine)]
 
+    async def remove_containers(self) -> None:
+        """Remove all containers of this host, as somebody else would."""
+        for each in await self.containers():
+            await api.call(self.docker, "DELETE", f"containers/{each['Id']}", params={"force": "1", "v": "1"})
+
     async def close(self) -> None:
         """Close the runtimes and remove what is left."""
         await self._stack.aclose()
-        for each in await self.containers():
-            await api.call(self.docker, "DELETE", f"containers/{each['Id']}", params={"force": "1", "v": "1"})
+        await self.remove_containers()
+        networks = await api.call(self.docker, "GET", "networks", params={"filters": api.filters(name=[self.name])})
+        for network in networks:
+            await api.call(self.docker, "DELETE", f"networks/{network['Id']}")
         volumes = await api.call(self.docker, "GET", "volumes", params={"filters": api.filters(name=[self.name])})
         assert not volumes["Volumes"]
 
@@ -146,8 +171,7 @@ async def docker_host(state_dir: Path) -> AsyncIterator[DockerHost]:
             pytest.fail(f"there is no image {IMAGE}: `make test-docker` builds it")
         host = DockerHost(docker, state_dir, f"rt{uuid.uuid4().hex[:8]}")
         try:
-            host.runtime = await host.open()
-            await host.configure(model=managed())
+            await host.prepare()
             yield host
         finally:
             await host.close()

@@ -95,6 +95,15 @@ def main(behaviour: str, argument: str) -> None:
                 while True:
                     with server.accept()[0] as client:
                         client.sendall(word.encode())
+        case "moment":
+            say("moment", time.time_ns())
+            say("ready")
+            idle()
+        case "eat":
+            say("ready")
+            eaten = []
+            while True:
+                eaten.append(b"." * 1_000_000)
         case "chatter":
             for number in range(int(argument)):
                 say("line", number, "." * 100)

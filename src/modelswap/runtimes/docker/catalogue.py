@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 
 import aiodocker
@@ -54,6 +55,7 @@ class Catalogue:
         self._owner = owner
         self._project = project
         self._port_of = port_of
+        self._forbidding = asyncio.Lock()
         self.models: Mapping[str, Known] | None = None
         """By name; None until the first `configure`."""
         self._sharing: dict[tuple[str | None, str | None], bool] = {}
@@ -71,28 +73,28 @@ class Catalogue:
 
         Raises `NoSuchContainer`, `Ambiguous`, `DockerAway`, and `StartFailed` if Docker doesn't let us look.
         """
-        found = await self._find(name, spec)
-        self._sharing[spec.container, spec.compose_service] = shares_cache(found, self._around.hf_cache)
-        try:
-            changed = await persistently(
-                lambda: forbid_restarts(self._docker, found), f"setting the restart policy of {name_of(found)}"
-            )
-        except aiodocker.DockerError as error:
-            _log.error(
-                "restart policy can't be set to 'no': Docker may start this engine behind our back",
-                model=name,
-                container=name_of(found),
-                reason=str(error),
-            )
-            return found
+        async with self._forbidding:  # it is said once, whoever finds it first
+            found = await self._find(name, spec)
+            self._sharing[spec.container, spec.compose_service] = shares_cache(found, self._around.hf_cache)
+            try:
+                changed = await persistently(
+                    lambda: forbid_restarts(self._docker, found), f"setting the restart policy of {name_of(found)}"
+                )
+            except aiodocker.DockerError as error:
+                _log.error(
+                    "restart policy can't be set to 'no': Docker may start this engine behind our back",
+                    model=name,
+                    container=name_of(found),
+                    reason=str(error),
+                )
+                return found
         if changed:
-            policy = found["HostConfig"]["RestartPolicy"]["Name"]
             _log.warning(
                 "restart policy set to 'no': Docker would have started this engine behind our back; say "
                 '`restart: "no"` in its compose file',
                 model=name,
                 container=name_of(found),
-                was=policy,
+                was=found["HostConfig"]["RestartPolicy"]["Name"],
             )
         return found
 

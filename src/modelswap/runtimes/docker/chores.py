@@ -21,9 +21,15 @@ class Chores:
 
     def start(self, work: Coroutine[Any, Any, _T], name: str) -> asyncio.Task[_T]:
         """Run ``work`` as a task called ``name``."""
+        task = self.start_awaited(work, name)
+        task.add_done_callback(_tell)
+        return task
+
+    def start_awaited(self, work: Coroutine[Any, Any, _T], name: str) -> asyncio.Task[_T]:
+        """Run ``work`` as a task whose failure is told to whoever awaits it, not to the log."""
         task = asyncio.create_task(work, name=name)
         self._running.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._running.discard)
         return task
 
     async def close(self) -> None:
@@ -35,7 +41,7 @@ class Chores:
             await asyncio.wait(running)
             self._running.difference_update(running)
 
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._running.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("failed", task=task.get_name(), exc_info=error)
+
+def _tell(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.error("failed", task=task.get_name(), exc_info=error)

@@ -121,7 +121,7 @@ class DockerRuntime:
 
     async def start(self, order: StartOrder) -> Running:
         """See `Runtime`. When cancelled, what was started is killed first: nobody would know of it."""
-        starting = self._chores.start(self._start(order), f"start {order.instance}")
+        starting = self._chores.start_awaited(self._start(order), f"start {order.instance}")
         try:
             return await asyncio.shield(starting)
         except asyncio.CancelledError:

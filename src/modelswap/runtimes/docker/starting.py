@@ -129,6 +129,7 @@ class Starter:
                 # Somebody has started it just now: it is what was ordered, so it becomes ours.
                 _log.warning("runs already", model=order.model, container=name_of(inspected))
             else:
+                await self._tracker.cleaned_up()
                 self._forget_unfinished(container)
                 self._starts.write(start)
                 try:

@@ -58,7 +58,7 @@ class Stopper:
     async def _kill(self, life: Life) -> None:
         life.killed = True
         # Docker answers once the container has ended, which its event tells earlier.
-        killing = self._chores.start(self._surely(life), f"kill {life.running.container[:12]}")
+        killing = self._chores.start_awaited(self._surely(life), f"kill {life.running.container[:12]}")
         ended = asyncio.ensure_future(life.ended.wait())
         try:
             await asyncio.wait({ended, killing}, timeout=self._kill_timeout, return_when=asyncio.FIRST_COMPLETED)

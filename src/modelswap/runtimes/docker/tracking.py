@@ -48,6 +48,7 @@ class Tracker:
         self._last_die: dict[str, Event] = {}
         self._appearing: dict[str, Life] = {}
         self._news = asyncio.Event()
+        self._cleaning: set[asyncio.Task[None]] = set()
         self.lives = Lives()
         self.on_unwanted: Callable[[Life], None] = lambda life: None
         """Called for what carries our labels and was started by others, though no model is configured like it."""
@@ -128,10 +129,19 @@ class Tracker:
         instance = next(iter(self._appearing))
         return self._appearing.pop(instance).running
 
+    async def cleaned_up(self) -> None:
+        """Return when Docker has cleaned up after what has ended: until then its ports and addresses are taken."""
+        if self._cleaning:
+            await asyncio.wait(self._cleaning)
+
     # What it means
 
     def _died(self, event: Event) -> None:
         mine = [life for life in self.lives.living(event.container) if life.running.born < event.at]
+        if mine:
+            cleaning = self._chores.start(self._cleaned(event.container), "see Docker clean up")
+            self._cleaning.add(cleaning)
+            cleaning.add_done_callback(self._cleaning.discard)
         mine.sort(key=lambda life: life.running.born)
         for missed in mine[:-1]:
             self.ended(missed, None, 0.0)
@@ -142,6 +152,11 @@ class Tracker:
                 self._chores.start(self._ended_by_sigkill(life, event.at), "look at an end")
             else:
                 self.ended(life, number, event.at)
+
+    async def _cleaned(self, container: str) -> None:
+        with contextlib.suppress(*Trouble):
+            async with asyncio.timeout(CALL_SECONDS):
+                await api.inspect(self._docker, container)
 
     async def _ended_by_sigkill(self, life: Life, at: float) -> None:
         """Note the end of what somebody killed, once Docker says whether that was the kernel, for want of memory."""
