@@ -288,8 +288,10 @@ def test_the_state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     folder.chmod(0o750)
     (found,) = files.of_state(folder)
     assert (found.level, found.remedy) == (WARNING, f"chmod 700 {folder}")
+    assert levels(files.of_state(folder, inside=True)) == [OK]
     folder.chmod(0o700)
     monkeypatch.setattr("os.geteuid", lambda: 4242)
+    assert levels(files.of_state(folder, inside=True)) == [OK]
     (found,) = files.of_state(folder)
     assert found.level is PROBLEM and "we are uid 4242" in found.message
     monkeypatch.setattr("os.access", lambda *_: False)

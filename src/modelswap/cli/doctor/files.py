@@ -15,6 +15,7 @@ from modelswap.orchestrator.state import state_dir
 from modelswap.spec.config import Config
 
 _SECRET_NAME: Final = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+_IN_A_CONTAINER: Final = Path("/.dockerenv")
 _FEW: Final = 8
 """Shorter values than this aren't searched for in the file: they would be found by chance."""
 
@@ -50,11 +51,14 @@ def _secrets(config: Config) -> Iterator[tuple[str, str]]:
 
 async def state(scene: Scene) -> list[Finding]:
     """Whether the state folder is ours, ours alone, and can be written."""
-    return of_state(state_dir(scene.config, scene.env))
+    return of_state(state_dir(scene.config, scene.env), inside=_IN_A_CONTAINER.exists())
 
 
-def of_state(folder: Path) -> list[Finding]:
-    """Judge the state folder and the token in it."""
+def of_state(folder: Path, *, inside: bool = False) -> list[Finding]:
+    """Judge the state folder and the token in it.
+
+    ``inside`` a container the folder is a volume that belongs to modelswap's containers, whatever user they run as.
+    """
     if not folder.exists():
         above = next(path for path in folder.parents if path.exists())
         if not os.access(above, os.W_OK | os.X_OK):
@@ -63,18 +67,18 @@ def of_state(folder: Path) -> list[Finding]:
         return [fine(f"the state folder {folder} will be made when it is needed")]
     if not folder.is_dir():
         return [problem(f"{folder} is no folder", "move it away, or name another in orchestrator.state_dir")]
-    found = list(_state_faults(folder))
+    found = list(_state_faults(folder, inside=inside))
     return found or [fine(f"the state folder {folder} is ours alone")]
 
 
-def _state_faults(folder: Path) -> Iterator[Finding]:
+def _state_faults(folder: Path, *, inside: bool) -> Iterator[Finding]:
     seen = folder.stat()
-    if seen.st_uid != os.geteuid():
+    if seen.st_uid != os.geteuid() and not inside:
         message = f"the state folder {folder} belongs to uid {seen.st_uid}, and we are uid {os.geteuid()}"
         yield problem(message, f"run modelswap as that user, or: sudo chown -R {os.geteuid()} {folder}")
     elif not os.access(folder, os.W_OK | os.X_OK):
         yield problem(f"the state folder {folder} can't be written", f"chmod 700 {folder}")
-    if stat.S_IMODE(seen.st_mode) & 0o077:
+    if stat.S_IMODE(seen.st_mode) & 0o077 and not inside:
         yield warning(f"the state folder {folder} can be entered by others", f"chmod 700 {folder}")
     token = folder / "token"
     try:
