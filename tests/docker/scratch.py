@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import shutil
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -110,17 +111,32 @@ async def scratch(url: str = URL) -> AsyncIterator[Scratch]:
 
 @contextlib.asynccontextmanager
 async def private_daemon(folder: Path, options: Sequence[str] = ()) -> AsyncIterator[PrivateDaemon]:
-    """Run a second dockerd, without networks, that a test may kill; wants root."""
-    daemon = PrivateDaemon(folder, options)
+    """Run a second dockerd that a test may kill; wants root. Its containers have no network to the outside.
+
+    It gets a bridge of its own: without one (``--bridge none``) a dockerd removes ``docker0``, the first one's.
+    """
+    bridge = f"msw{random.getrandbits(32):08x}"
+    subnet = f"10.213.{random.randrange(256)}.1/24"
+    await _ip("link", "add", "name", bridge, "type", "bridge")
     try:
-        await daemon.start()
-        yield daemon
+        await _ip("address", "add", subnet, "dev", bridge)
+        daemon = PrivateDaemon(folder, ["--bridge", bridge, *options])
+        try:
+            await daemon.start()
+            yield daemon
+        finally:
+            await daemon.stop()
     finally:
-        await daemon.stop()
+        await _ip("link", "delete", bridge)
+
+
+async def _ip(*argv: str) -> None:
+    process = await asyncio.create_subprocess_exec("ip", *argv)
+    assert await process.wait() == 0, argv
 
 
 class PrivateDaemon:
-    """A dockerd with folders of its own below ``folder`` (a short path: sockets are in it)."""
+    """A dockerd with folders of its own below ``folder``, a short path, since sockets are in it."""
 
     def __init__(self, folder: Path, options: Sequence[str]) -> None:
         self.folder = folder
@@ -138,7 +154,7 @@ class PrivateDaemon:
                 program,
                 *("--data-root", str(folder / "data"), "--exec-root", str(folder / "exec")),
                 *("--pidfile", str(folder / "pid"), "--host", self.url),
-                *("--bridge", "none", "--iptables=false", "--ip6tables=false", "--ip-masq=false"),
+                *("--iptables=false", "--ip6tables=false", "--ip-masq=false"),
                 *("--shutdown-timeout", "5"),
                 *self._options,
                 stdin=asyncio.subprocess.DEVNULL,
