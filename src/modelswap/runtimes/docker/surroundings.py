@@ -43,8 +43,9 @@ class Mount(msgspec.Struct, frozen=True):
 class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     """What of Docker's world matters to us.
 
-    ``container`` is our own container's full id, empty on the host; ``project`` is its compose project. ``network`` is
-    where we meet engines, empty if that is through published loopback ports; ``networks`` are all that we are on.
+    ``container`` is our own container's full id, empty on the host; ``project`` is its compose project. A container
+    that uses another's network (``network_mode: service:…``) sees that one's files and takes itself for it; where to
+    meet engines is right even so. ``network`` is where we meet engines, empty if that is through published loopback ports; ``networks`` are all that we are on.
     ``hf_cache`` is the volume or host folder to mount as Hugging Face cache into managed containers, empty if there is
     none that they could share with us. ``gpus``: this Docker can give GPUs; ``cdi``: it names them the CDI way.
     """
@@ -65,7 +66,7 @@ async def look_around(
     """Find out; raises `NoSuchNetwork`, lets `aiodocker.DockerError` and `aiohttp.ClientError` through."""
     ours = await _own_container(docker, env, mountinfo)
     mounts = _mounts(ours)
-    networks = await _networks(docker, ours)
+    networks = _networks(ours)
     project = compose_of(ours)[0]
     if config.network is not None:
         network = await _named_network(docker, config.network)
@@ -107,11 +108,7 @@ async def _own_container(docker: aiodocker.Docker, env: Mapping[str, str], mount
     return {}
 
 
-async def _networks(docker: aiodocker.Docker, ours: Mapping[str, Any]) -> tuple[str, ...]:
-    mode = str(ours.get("HostConfig", {}).get("NetworkMode", ""))
-    if mode.startswith("container:"):
-        # It has another container's network, and none of its own.
-        return await _networks(docker, await api.inspect(docker, mode.partition(":")[2]) or {})
+def _networks(ours: Mapping[str, Any]) -> tuple[str, ...]:
     joined = (ours.get("NetworkSettings", {}).get("Networks") or {}).keys()
     return tuple(sorted(name for name in joined if name not in _MEETING_NOBODY))
 
