@@ -40,6 +40,30 @@ class BringIn(Effect, frozen=True):
     adopted: bool = False
 
 
+class Sleep(Effect, frozen=True):
+    """Make a drained instance sleep at ``level``; reports `events.Slept` or `events.SleepFailed`.
+
+    Its `Watch` ends. A `PutOut` meanwhile cancels it.
+    """
+
+    instance: str
+    model: str
+    level: int
+
+
+class Wake(Effect, frozen=True):
+    """Wake an instance that sleeps at ``level``, and pass its canary.
+
+    Reports `BringInStage`, then `BroughtIn` (``mechanism="wake"``) or `WakeFailed`. Its `Watch` ends. A `PutOut`
+    meanwhile cancels it.
+    """
+
+    instance: str
+    model: str
+    level: int
+    definition: str
+
+
 class Prepare(Effect, frozen=True):
     """Make ready all that a start of the model needs and that needs no device: image, weights, container.
 
@@ -62,9 +86,10 @@ class TurnAway(Effect, frozen=True):
 
 
 class PutOut(Effect, frozen=True):
-    """Stop an instance and all that belongs to it, also while it is being brought in (that is then cancelled).
+    """Stop an instance and all that belongs to it, also while it is being brought in, falls asleep or wakes.
 
-    Reports `events.PutOut` or `events.PutOutFailed`. ``kill``: without grace, it is dead or hangs.
+    What it was doing is then cancelled. Reports `events.PutOut` or `events.PutOutFailed`. ``kill``: without grace, it
+    is dead or hangs.
     """
 
     instance: str
@@ -73,10 +98,14 @@ class PutOut(Effect, frozen=True):
 
 
 class Watch(Effect, frozen=True):
-    """Tell with `events.Died` when this ready instance ends or hangs. Ends by itself on `PutOut`."""
+    """Tell with `events.Died` when this instance ends or hangs; takes the place of an earlier one of it.
+
+    Ends by itself on `PutOut`, `Sleep` and `Wake`. ``asleep``: it sleeps, so all that can be seen is whether it ends.
+    """
 
     instance: str
     model: str
+    asleep: bool = False
 
 
 class Probe(Effect, frozen=True):
@@ -89,7 +118,7 @@ class Probe(Effect, frozen=True):
 class VerifyReleased(Effect, frozen=True):
     """See that the device has room for ``model``; reports `Released` or `ReleaseFailed` and then `Released`.
 
-    ``holders`` are the instances that rightly hold memory there meanwhile.
+    ``holders`` are the instances that rightly hold memory there meanwhile, sleepers with their residue among them.
     """
 
     device: str

@@ -26,7 +26,9 @@ class Configure(Event, frozen=True):
 class Adopted(Event, frozen=True):
     """An instance of an earlier orchestrator is still alive; said before `Begin`.
 
-    ``ready`` tells whether it had been opened before; otherwise its start is taken up where it was.
+    ``ready`` tells whether it had been opened before; otherwise its start is taken up where it was. ``asleep`` is the
+    level that it sleeps at, 0 if it is awake. One that is neither for sure (its sleeping or waking was cut short) is
+    not adopted.
     """
 
     instance: str
@@ -36,6 +38,7 @@ class Adopted(Event, frozen=True):
     port: int
     slots: int
     ready: bool = True
+    asleep: int = 0
 
 
 class Begin(Event, frozen=True):
@@ -66,12 +69,13 @@ class BringInStage(Event, frozen=True):
 
 
 class BroughtIn(Event, frozen=True):
-    """An instance is healthy and its canary passed."""
+    """An instance is healthy and its canary passed; ``mechanism``: ``cold``, ``standby`` or ``wake``."""
 
     instance: str
     host: str
     port: int
     slots: int
+    mechanism: str = "cold"
 
 
 class BringInFailed(Event, frozen=True):
@@ -89,6 +93,47 @@ class BringInFailed(Event, frozen=True):
     permanent: bool = False
     killed: bool = False
     unprepared: bool = False
+
+
+class Ways(Event, frozen=True):
+    """How a model is to be put out from now on: ``level`` 0 stops it, 1 or 2 puts it to sleep.
+
+    Holds for this ``definition`` of the model only, and until it is said anew. What sleeps already sleeps on.
+    """
+
+    model: str
+    definition: str
+    level: int
+
+
+class Slept(Event, frozen=True):
+    """An instance is asleep and its device memory is free, but for its residue."""
+
+    instance: str
+
+
+class SleepFailed(Event, frozen=True):
+    """An instance can't be made sleep, or doesn't give its memory back; it must be ended."""
+
+    instance: str
+    message: str
+
+
+class WakeFailed(Event, frozen=True):
+    """An instance can't be woken, or woke with wrong answers, and nothing of it runs any more.
+
+    Its waiters are kept; the next try is a start.
+    """
+
+    instance: str
+    message: str
+
+
+class DropSleeper(Event, frozen=True):
+    """A sleeper is to be stopped, for what it costs (host memory, its residue on the device) or isn't worth."""
+
+    instance: str
+    reason: str
 
 
 class PrepareStage(Event, frozen=True):
@@ -132,7 +177,7 @@ class Appeared(Event, frozen=True):
 
 
 class Died(Event, frozen=True):
-    """A ready or draining instance ended by itself, or hangs and must be ended."""
+    """A ready, draining or sleeping instance ended by itself, or hangs and must be ended."""
 
     instance: str
     message: str
@@ -187,6 +232,16 @@ class Unload(Event, frozen=True):
 
     request: int
     model: str | None = None
+
+
+class Pin(Event, frozen=True):
+    """Pin or release a model at run time; holds until it is said anew, or the config changes its own word on it.
+
+    ``model`` None: every resident one is pinned, or every model is released.
+    """
+
+    model: str | None
+    pinned: bool
 
 
 class Withdraw(Event, frozen=True):

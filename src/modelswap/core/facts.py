@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from modelswap.protocol.messages import CatalogModel
@@ -14,6 +16,10 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     that run beside the others. ``demand`` is what an instance takes of its device's capacity; an exclusive device has
     capacity 1 and every model on it demands 1. ``listing`` is what gateways and clients are told. ``swap_seconds``
     is what bringing it in took before, if that is known. ``prepare``: it must be made ready before its first swap.
+
+    After ``ttl`` seconds with nothing to do it is put out: as ``idle`` says it sleeps if it may (`events.Ways`), is
+    stopped, or is kept. While a ``pinned`` one is resident it isn't left for others, nor for being idle. ``preload``:
+    it comes in at start if its device has nothing; the first such model of each device does.
     """
 
     name: str
@@ -25,6 +31,10 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     swap_seconds: float | None = None
     priority: int = 0
     prepare: bool = False
+    ttl: float | None = None
+    idle: Literal["sleep", "stop", "keep"] = "sleep"
+    pinned: bool = False
+    preload: bool = False
 
 
 class DeviceFacts(msgspec.Struct, frozen=True):
@@ -40,7 +50,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ``min_residency`` None means ``residency_factor`` times the measured swap time of the resident model.
     A model that dies within ``crash_window`` of coming in, ``crashes_forgiven`` times in a row and then once more,
     backs off as if its start had failed. A start that was killed from outside is repeated ``kills_forgiven`` times, one
-    that found something missing which had been prepared ``unprepared_forgiven`` times.
+    that found something missing which had been prepared ``unprepared_forgiven`` times. A model
+    whose wakes failed more than ``wakes_forgiven`` times in a row is stopped from then on, until `events.Ways`.
     """
 
     max_wait: float = 160.0
@@ -60,4 +71,5 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     crashes_forgiven: int = 3
     kills_forgiven: int = 2
     unprepared_forgiven: int = 2
+    wakes_forgiven: int = 2
     progress_interval: float = 2.0

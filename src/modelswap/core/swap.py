@@ -27,7 +27,11 @@ class SwapOutcome(StrEnum):
 
 
 class SwapRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What is kept of a swap. Durations in seconds; ``queue`` is how long the oldest waiter had waited before it."""
+    """What is kept of a swap. Durations in seconds; ``queue`` is how long the oldest waiter had waited before it.
+
+    ``mechanism`` is how the target came in (``cold``, ``standby``, ``wake``; without a target the same as ``out``),
+    ``out`` how the source was put out (``stop``, ``sleep``; empty if nothing was).
+    """
 
     device: str
     source: str | None
@@ -38,6 +42,7 @@ class SwapRecord(msgspec.Struct, frozen=True, kw_only=True):
     queue: float
     phases: dict[str, float]
     message: str = ""
+    out: str = ""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -33,6 +33,7 @@ class Code(StrEnum):
     SWAP_TIMEOUT = "swap_timeout"
     MEMORY_NOT_RELEASED = "memory_not_released"
     DEVICE_STUCK = "device_stuck"
+    MODEL_PINNED = "model_pinned"
     DRAIN_ABORTED = "drain_aborted"
     ENGINE_DIED = "engine_died"
     ORCHESTRATOR_AWAY = "orchestrator_away"
@@ -73,6 +74,7 @@ OUTCOMES: Final[dict[Code, Outcome]] = {
     Code.SWAP_TIMEOUT: Outcome(504, "server_error"),
     Code.MEMORY_NOT_RELEASED: Outcome(503, "server_error", retry_after_ms=10_000),
     Code.DEVICE_STUCK: Outcome(503, "server_error", should_retry=False),
+    Code.MODEL_PINNED: Outcome(503, "server_error", should_retry=False),
     Code.DRAIN_ABORTED: Outcome(503, "server_error", retry_after_ms=1_000),
     Code.ENGINE_DIED: Outcome(502, "server_error"),
     Code.ORCHESTRATOR_AWAY: Outcome(503, "server_error", retry_after_ms=2_000),
