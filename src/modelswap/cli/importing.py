@@ -39,20 +39,17 @@ def compose(files: Sequence[Path], output: Path, *, managed: bool, force: bool) 
     imported = _converted(lambda: from_compose([str(path) for path in chosen], _read, os.environ, manage=managed))
     shown = [*(["--managed"] if managed else []), *(_shown(path) for path in chosen)]
     written = _finished(imported, f"modelswap import compose {shlex.join(shown)}", output)
-    _summary(imported, ", ".join(map(_shown, chosen)), output)
     _write(written, output, force=force)
+    _summary(imported, ", ".join(map(_shown, chosen)), output)
 
 
 def llama_swap(file: Path, output: Path, *, force: bool) -> None:
     """Write a config for the models in llama-swap's; raises `Failure`."""
     _free(output, force=force)
-    text = _read(str(file))
-    if text is None:
-        raise Failure(f"{file}: no such file", "name llama-swap's config.yaml", ExitCode.USAGE)
-    imported = _converted(lambda: from_llama_swap(text, str(file)))
+    imported = _converted(lambda: from_llama_swap(_there(file), str(file)))
     written = _finished(imported, f"modelswap import llama-swap {shlex.quote(_shown(file))}", output)
-    _summary(imported, _shown(file), output)
     _write(written, output, force=force)
+    _summary(imported, _shown(file), output)
 
 
 def _free(output: Path, *, force: bool) -> None:
@@ -87,11 +84,20 @@ def _read(path: str) -> str | None:
         raise CannotImport(f"{path}: can't be read: {error.strerror or error}") from None
 
 
+def _there(file: Path) -> str:
+    text = _read(str(file))
+    if text is None:
+        raise CannotImport(f"{file}: no such file", "name llama-swap's config.yaml")
+    return text
+
+
 def _converted(convert: Callable[[], Imported]) -> Imported:
     try:
         return convert()
     except CannotImport as error:
-        raise Failure(str(error), error.remedy, ExitCode.USAGE) from None
+        here = f"{Path.cwd()}/"
+        remedy = error.remedy.replace(here, "") if error.remedy else None
+        raise Failure(str(error).replace(here, ""), remedy, ExitCode.USAGE) from None
 
 
 def _finished(imported: Imported, command: str, output: Path) -> str:

@@ -153,7 +153,8 @@ def _finish(model: dict[str, Any], service: Service, server: Server, context: Co
         model["api_key"] = context.vault.reference(server.facts.key, server.key, service.name)
         if literal:
             name = secrets.references(model["api_key"])[0][0]
-            context.note(Kind.TODO, f"put the key into the environment as {name}; it is not copied", "command")
+            part = context.env_key if server.key in service.env.values() else "command"
+            context.note(Kind.TODO, f"put the key into the environment as {name}; it is not copied", part)
     if service.grace is not None:
         model["stop_grace"] = int(service.grace) if service.grace.is_integer() else service.grace
     if without_gpu(service, server):

@@ -55,7 +55,13 @@ def convert(files: Sequence[str], read: Read, env: Mapping[str, str], *, manage:
         _add(imported, called[name], model, service, server)
     _compose_wide(document, imported, manage=manage)
     sharing.look(found, document, imported, manage=manage)
-    if not manage:
+    if manage:
+        gone = " ".join(found)
+        text = (
+            f"take {', '.join(found)} out (`docker compose rm -sf {gone}`): modelswap makes its own containers of them"
+        )
+        imported.note(Kind.TODO, "services", text)
+    else:
         _profiles(document, list(found), imported)
         if document.named:
             imported.config["docker"] = {"project": document.project}
@@ -145,12 +151,22 @@ def _leave_behind(
         f"{_volume_name(each.source, document) if each.named else each.source}:{each.target}{':ro' * each.read_only}"
         for each in service.volumes
     ]
+    if any(":" in volume and volume.startswith(f"{document.project}_") for volume in model["volumes"]):
+        _whose_volumes(document, imported)
     if not model["volumes"]:
         del model["volumes"]
     if any(port.published for port in service.ports):
         imported.note(Kind.CHANGED, f"{key}.ports", "the engine is not published any more: clients use the gateway")
+    if section.value.get("restart") == "no":
+        section.take("restart")
     for path, _ in section.unread():
         imported.note(Kind.LOST, path, why_lost(path.removeprefix(f"{key}.")))
+
+
+def _whose_volumes(document: Document, imported: Imported) -> None:
+    if not document.named:
+        text = f"those of the project '{document.project}', the folder's name; mend volumes if it has another"
+        imported.note(Kind.CHANGED, "volumes", text)
 
 
 def _volume_name(name: str, document: Document) -> str:

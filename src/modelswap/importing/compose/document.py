@@ -11,7 +11,7 @@ from pathlib import PurePath
 from typing import Any
 
 from modelswap.importing.compose.interpolate import Interpolation, dotenv
-from modelswap.importing.compose.merge import absolute, merged, normalised
+from modelswap.importing.compose.merge import absolute, bare, merged, normalised
 from modelswap.importing.result import CannotImport
 from modelswap.importing.yamltext import parse
 
@@ -50,6 +50,8 @@ def load(files: Sequence[str], read: Read, env: Mapping[str, str]) -> Document:
     _Loader(read, document).load(files, folder, values, ())
     said = values.get("COMPOSE_PROJECT_NAME") or document.project
     document.named = bool(said)
+    document.services = bare(document.services)
+    document.top = bare(document.top)
     document.project = said or re.sub(r"[^a-z0-9_-]", "", folder.name.lower()).lstrip("_-")
     if not document.services:
         raise CannotImport(

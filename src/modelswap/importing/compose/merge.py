@@ -13,6 +13,7 @@ from typing import Any, Final
 from modelswap.importing.yamltext import Override
 
 _MAPPINGS: Final = ("environment", "labels", "sysctls", "annotations")
+_MOST_PORTS: Final = 1000
 _REPLACED: Final = frozenset({"command", "entrypoint"})
 
 
@@ -104,29 +105,42 @@ def _ports(value: Any) -> list[Any]:
     if not host and ":" in text:
         front, _, text = text.rpartition(":")
         address, _, host = front.rpartition(":")
-    entry = {"target": text}
-    if host:
-        entry["published"] = host
-    if address:
-        entry["host_ip"] = address.strip("[]")
-    if protocol:
-        entry["protocol"] = protocol
-    return [entry]
+    entries: list[Any] = []
+    for index, target in enumerate(_range(text)):
+        entry = {"target": target}
+        if host:
+            # A range is published on a range of the same length, or on one port of several.
+            entry["published"] = hosts[index] if len(hosts := _range(host)) > index else host
+        if address:
+            entry["host_ip"] = address.strip("[]")
+        if protocol:
+            entry["protocol"] = protocol
+        entries.append(entry)
+    return entries
+
+
+def _range(text: str) -> list[str]:
+    match = re.fullmatch(r"(\d{1,5})-(\d{1,5})", text)
+    if match is None:
+        return [text]
+    first, last = int(match[1]), int(match[2])
+    return [str(port) for port in range(first, min(last, first + _MOST_PORTS) + 1)]
 
 
 def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return ``under`` with ``over`` laid over it."""
+    """Return ``under`` with ``over`` laid over it; see `bare`."""
     result = dict(under)
     for key, value in over.items():
-        if isinstance(value, Override):
-            result.pop(key, None)
+        if isinstance(value, Override) and key in result:
+            del result[key]
             if not value.gone:
                 result[key] = value.value
         elif key in _REPLACED or key not in result:
+            # A tag that has nothing to act on yet may have in the next file.
             result[key] = value
         else:
-            result[key] = _merge(key, result[key], value)
-    return {key: _bare(value) for key, value in result.items()}
+            result[key] = _merge(key, bare(result[key]), value)
+    return result
 
 
 def _merge(key: str, under: Any, over: Any) -> Any:
@@ -146,10 +160,10 @@ def _identity(key: str, entry: Any) -> str:
     return repr([entry.get(name) for name in names])
 
 
-def _bare(value: Any) -> Any:
-    """Return ``value`` without tags that had nothing to act on."""
+def bare(value: Any) -> Any:
+    """Return ``value`` without tags that had nothing to act on, once all is merged."""
     if isinstance(value, Override):
-        return None if value.gone else _bare(value.value)
+        return None if value.gone else bare(value.value)
     if isinstance(value, dict):
-        return {key: _bare(each) for key, each in value.items() if not (isinstance(each, Override) and each.gone)}
-    return [_bare(each) for each in value] if isinstance(value, list) else value
+        return {key: bare(each) for key, each in value.items() if not (isinstance(each, Override) and each.gone)}
+    return [bare(each) for each in value] if isinstance(value, list) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from modelswap.importing.result import Imported, Kind
@@ -22,6 +22,7 @@ _OTHERS: Final = re.compile(
 )
 _SWAP_NAMES: Final = re.compile(r"gateway|proxy|router|orchestrat|swap|balancer|switcher|llm-manager")
 _SOCKET: Final = re.compile(r"docker\.sock|DOCKER_HOST|podman\.sock")
+_HAS_GPU: Final = re.compile(r'"capabilities": \[[^]]*gpu|"gpus":|"runtime": "nvidia"')
 _URL: Final = re.compile(r"https?://([A-Za-z0-9_.-]+)(?::(\d+))?")
 
 
@@ -54,36 +55,30 @@ def pulled(services: Mapping[str, dict[str, Any]]) -> list[str]:
 
 
 def _role(name: str, service: dict[str, Any], key: str, imported: Imported) -> bool:
+    roles = list(_roles(name, service))
+    for kind, text in roles:
+        imported.note(kind, key, text)
+    return bool(roles)
+
+
+def _roles(name: str, service: dict[str, Any]) -> Iterator[tuple[Kind, str]]:
     image, _ = split_image(str(service.get("image") or ""))
-    text = json.dumps(service)
     if _SWAPS.search(image):
-        imported.note(
+        yield (
             Kind.TODO,
-            key,
             "routes to models or swaps them, as modelswap does now: take it out, or point it at the gateway",
         )
-        return True
-    if _SOCKET.search(json.dumps([service.get("volumes"), service.get("environment")])):
-        imported.note(Kind.TODO, key, "drives Docker: see that it no longer starts or stops the models' containers")
-        return True
-    if _OTHERS.search(image):
+    elif _SOCKET.search(json.dumps([service.get("volumes"), service.get("environment")])):
+        yield Kind.TODO, "drives Docker: see that it no longer starts or stops the models' containers"
+    elif service.get("build") is not None and _SWAP_NAMES.search(f"{name} {image}"):
+        yield Kind.TODO, "looks like a gateway or a swapping script of your own; modelswap takes its place then"
+    elif _PROXIES.search(image):
+        yield Kind.CHANGED, "if it forwards to the models, point it at the gateway instead"
+    elif _OTHERS.search(image):
         hint = f"engine: custom, compose_service: {name}, port: …, ready: …"
-        imported.note(Kind.LOST, key, f"serves models in a way that is unknown here; if it speaks OpenAI's API: {hint}")
-        return True
-    if _PROXIES.search(image):
-        imported.note(Kind.CHANGED, key, "if it forwards to the models, point it at the gateway instead")
-        return True
-    if re.search(r'"capabilities": \[[^]]*gpu|"gpus":|"runtime": "nvidia"', text):
-        imported.note(
-            Kind.CHANGED, key, "has the GPU, too: nobody swaps it, and what it holds there, models can't have"
-        )
-        return True
-    if service.get("build") is not None and _SWAP_NAMES.search(f"{name} {image}"):
-        imported.note(
-            Kind.TODO, key, "looks like a gateway or a swapping script of your own; modelswap takes its place then"
-        )
-        return True
-    return False
+        yield Kind.LOST, f"serves models in a way that is unknown here; if it speaks OpenAI's API: {hint}"
+    if _HAS_GPU.search(json.dumps(service)):
+        yield Kind.CHANGED, "has the GPU, too: nobody swaps it, and what it holds there, models can't have"
 
 
 def _talks(service: dict[str, Any], models: Mapping[str, str], key: str, imported: Imported, gateway: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from modelswap.importing import device
 from modelswap.importing.compose.document import Document
 from modelswap.importing.containers import without_gpu
 from modelswap.importing.result import Imported, Kind
@@ -21,31 +22,16 @@ Services = Mapping[str, tuple[Service, Server, Section]]
 def look(found: Services, document: Document, imported: Imported, *, manage: bool) -> None:
     """Move into the sections ``device`` and ``docker`` what all models have in common; note what they don't."""
     on_gpu = {name: service for name, (service, server, _) in found.items() if not without_gpu(service, server)}
-    _device(on_gpu, imported)
+    gpus = {name: service.gpus if isinstance(service.gpus, list) else None for name, service in on_gpu.items()}
+    if device.choose(gpus, "services", imported):
+        # That is what `gpus: auto` means.
+        for model in imported.config["models"].values():
+            model.pop("gpus", None)
     _side_by_side(found, on_gpu, imported)
     if manage:
         models = imported.config["models"].values()
         _hf_cache(models, imported)
         _network(models, imported)
-
-
-def _device(on_gpu: Mapping[str, Service], imported: Imported) -> None:
-    sets = {tuple(service.gpus) for service in on_gpu.values() if isinstance(service.gpus, list)}
-    if len(sets) > 1:
-        listed = "; ".join(
-            f"{name} on {', '.join(service.gpus)}" for name, service in on_gpu.items() if isinstance(service.gpus, list)
-        )
-        text = f"{listed}: modelswap has one device, and swaps models also where they could run side by side"
-        imported.note(Kind.CHANGED, "services", text)
-        return
-    every = all(isinstance(service.gpus, list) for service in on_gpu.values())
-    only = next(iter(sets), ())
-    if every and len(only) == 1 and only[0].isdigit():
-        if int(only[0]):
-            imported.config["device"] = {"index": int(only[0])}
-        for model in imported.config["models"].values():
-            if model.get("gpus") == list(only):
-                del model["gpus"]
 
 
 def _side_by_side(found: Services, on_gpu: Mapping[str, Service], imported: Imported) -> None:

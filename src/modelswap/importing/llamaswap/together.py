@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from modelswap.importing import device
 from modelswap.importing.result import Imported, Kind
 from modelswap.importing.sections import Section
 
@@ -67,21 +68,10 @@ def _priorities(section: Section, called: Mapping[str, str], imported: Imported)
 
 
 def _devices(imported: Imported) -> None:
-    """Say which GPU the models are on, if they are all on the same one."""
-    models = {name: model for name, model in imported.config["models"].items() if model.get("device") != "none"}
-    gpus: dict[str, tuple[str, ...]] = {}
-    for name, model in models.items():
-        given = model.get("gpus", model.get("env", {}).get("CUDA_VISIBLE_DEVICES"))
-        if given not in (None, "all"):
-            gpus[name] = tuple(given if isinstance(given, list) else given.split(","))
-    different = set(gpus.values())
-    listed = "; ".join(f"{name} on {', '.join(each)}" for name, each in gpus.items())
-    if len(different) > 1:
-        text = f"GPUs: {listed}; modelswap has one device, and swaps models also where they could run side by side"
-        imported.note(Kind.CHANGED, "models", text)
-    elif len(different) == 1 and different != {("0",)}:
-        (only,) = different
-        if len(gpus) == len(models) and len(only) == 1 and only[0].isdigit():
-            imported.config["device"] = {"index": int(only[0])}
-        else:
-            imported.note(Kind.TODO, "models", f"GPUs: {listed}; say which one modelswap watches: device.index, else 0")
+    gpus: dict[str, list[str] | None] = {}
+    for name, model in imported.config["models"].items():
+        if model.get("device") != "none":
+            given = model.get("gpus", model.get("env", {}).get("CUDA_VISIBLE_DEVICES"))
+            given = given.split(",") if isinstance(given, str) else given
+            gpus[name] = None if given == ["all"] else given
+    device.choose(gpus, "models", imported)

@@ -1,0 +1,266 @@
+"""Single services, and what is odd about them."""
+
+from __future__ import annotations
+
+import pytest
+
+from modelswap.importing import report
+from modelswap.importing.result import CannotImport, Imported, Kind
+from tests.importing.reading import compose, noted, service
+
+VLLM = "image: vllm/vllm-openai\n"
+
+
+def loads(imported: Imported) -> None:
+    """Check that what came out is a valid config."""
+    report.verify(report.text(imported, "x"), imported, {}, "x")
+
+
+def test_an_unnamed_model_goes_by_its_service_and_its_id() -> None:
+    """Requests that name the Hugging Face id go on to work, and people have a short name, too."""
+    model, imported = service(VLLM + "command: --model org/name")
+    assert list(imported.config["models"]) == ["llm"]
+    assert model == {"engine": "vllm", "model": "org/name", "aliases": ["org/name"], "compose_service": "llm"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "gpus"),
+    [
+        ("gpus: all", "all"),
+        ("gpus: [{count: 2}]", ["0", "1"]),
+        ("gpus: [{device_ids: ['GPU-1a', '3']}]", ["GPU-1a", "3"]),
+        ("deploy: {resources: {reservations: {devices: [{driver: nvidia, count: 1, capabilities: [gpu]}]}}}", None),
+        ("deploy: {resources: {reservations: {devices: [{driver: nvidia, count: all, capabilities: [gpu]}]}}}", "all"),
+        ("runtime: nvidia", "all"),
+        ("runtime: nvidia\nenvironment: {NVIDIA_VISIBLE_DEVICES: '0,2'}", ["0", "2"]),
+        ("", None),
+    ],
+)
+def test_gpus(lines: str, gpus: object) -> None:
+    """Every way of asking for GPUs is understood; one of them is the config's device."""
+    model, imported = service(VLLM + "command: --model org/name\n" + lines, manage=True)
+    assert model.get("gpus") == gpus
+    loads(imported)
+
+
+def test_one_gpu_for_all_is_the_device() -> None:
+    """Where all models are on the same GPU, it is said once."""
+    one = "image: vllm/vllm-openai, gpus: [{device_ids: ['2']}]"
+    imported = compose(
+        f"services: {{a: {{{one}, command: --model org/a}}, b: {{{one}, command: --model org/b}}}}", manage=True
+    )
+    assert imported.config["device"] == {"index": 2}
+    assert not any("gpus" in model for model in imported.config["models"].values())
+
+
+def test_models_on_several_gpus_are_told_that_they_take_turns() -> None:
+    """Nobody is surprised that two models on two GPUs no longer run side by side."""
+    imported = compose(
+        "services:\n"
+        "  a: {image: vllm/vllm-openai, command: --model org/a, gpus: [{device_ids: ['0']}]}\n"
+        "  b: {image: vllm/vllm-openai, command: --model org/b, gpus: [{device_ids: ['1']}]}\n"
+    )
+    assert noted(imported, Kind.CHANGED, "services", "a on 0; b on 1")
+
+
+def test_models_that_share_a_gpu_are_told_so() -> None:
+    """Two models that fit together get a hint; an adopted one must say what it takes."""
+    imported = compose(
+        "services:\n"
+        "  a: {image: vllm/vllm-openai, command: --model org/a --gpu-memory-utilization 0.45, gpus: all}\n"
+        "  b: {image: vllm/vllm-openai, command: --model org/b --gpu-memory-utilization 0.5, gpus: all}\n"
+    )
+    assert noted(imported, Kind.CHANGED, "services", "a, b fit onto the GPU together")
+    assert noted(imported, Kind.TODO, "services.a.command", "45%")
+
+
+@pytest.mark.parametrize(
+    ("lines", "device"),
+    [
+        ("image: ghcr.io/ggml-org/llama.cpp:server\ncommand: -m /m.gguf", "none"),
+        ("image: ghcr.io/ggml-org/llama.cpp:server-cuda\ncommand: -m /m.gguf -ngl 0", "none"),
+        ("image: ghcr.io/ggml-org/llama.cpp:server-vulkan\ncommand: -m /m.gguf\ndevices: [/dev/dri]", None),
+        ("image: vllm/vllm-openai-cpu:latest\ncommand: --model org/m", "none"),
+        ("image: vllm/vllm-openai:latest\ncommand: --model org/m", None),
+    ],
+)
+def test_models_without_a_gpu_run_beside(lines: str, device: str | None) -> None:
+    """Only what certainly needs no GPU is said to need none."""
+    model, imported = service(lines)
+    assert model.get("device") == device
+    loads(imported)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("shm_size: 16gb", {"shm_size": "16GiB"}),
+        ("shm_size: 1000000000", {"shm_size": "1000000000"}),
+        ("ipc: service:other", {}),
+        ("ulimits: {memlock: {soft: -1, hard: -1}}", {"ulimits": {"memlock": -1}}),
+        ("network_mode: host", {}),
+        ("networks: {front: {aliases: [x]}, back: {}}", {}),
+        ("extra_hosts: ['hub.local=10.0.0.5']", {"extra_hosts": ["hub.local:10.0.0.5"]}),
+        ("pull_policy: if_not_present", {}),
+        ("pull_policy: daily", {}),
+        ("working_dir: /w", {"cwd": "/w"}),
+        ("stop_grace_period: 1m30s", {"stop_grace": 90}),
+        ("volumes: [anonymous]", {}),
+        ("volumes: ['named:/n']", {"volumes": ["stack_named:/n"]}),
+        ("environment: [PASSED, GIVEN=x, EMPTY=]", {"env": {"PASSED": "${PASSED:-}", "GIVEN": "x", "EMPTY": ""}}),
+        ("command: ['--model', 'org/name', '--hf-token', 'hf_0123456789']", {"args": ["--hf-token", "${HF_TOKEN}"]}),
+    ],
+)
+def test_settings_of_a_container(lines: str, expected: dict[str, object]) -> None:
+    """Each setting is carried over in our own spelling, or noted, and the outcome loads."""
+    command = "" if "command" in lines else "command: --model org/name\n"
+    model, imported = service(VLLM + command + lines, manage=True)
+    plain = {"engine", "model", "aliases", "image"}
+    assert {key: value for key, value in model.items() if key not in plain} == expected
+    if not expected and lines != "pull_policy: if_not_present":
+        key = f"services.llm.{lines.partition(':')[0]}"
+        docker = imported.config.get("docker", {})
+        assert docker.get("network") == "stack_front" or any(note.key.startswith(key) for note in imported.notes)
+    loads(imported)
+
+
+def test_an_adopted_service_that_works_against_us_is_told() -> None:
+    """Restart policies, replicas, host networks and taken ports each get their note."""
+    _, imported = service(
+        VLLM + "command: --model org/name\nrestart: always\ndeploy: {replicas: 2}\nnetwork_mode: host\n"
+        "ports: ['8888:8000', '127.0.0.1:8001:8000', '8002:8000']"
+    )
+    assert noted(imported, Kind.CHANGED, "services.llm.restart", '"no"')
+    assert noted(imported, Kind.TODO, "services.llm.deploy.replicas", "2 replicas")
+    assert noted(imported, Kind.TODO, "services.llm.network_mode")
+    assert noted(imported, Kind.TODO, "services.llm.ports", "8888 is the orchestrator's")
+    assert noted(imported, Kind.CHANGED, "services.llm.ports", "8002")
+    assert not noted(imported, Kind.CHANGED, "services.llm.ports", "8001")
+
+
+@pytest.mark.parametrize("profiles", ["", "profiles: [models]"])
+def test_profiles_keep_compose_from_starting_models(profiles: str) -> None:
+    """Who has none is told to add one; who has one isn't."""
+    _, imported = service(VLLM + "command: --model org/name\n" + profiles)
+    assert noted(imported, Kind.TODO, "services", "profiles: [models]") is not profiles.startswith("p")
+    assert imported.steps == [("docker compose -f compose.yaml create llm", "")] or imported.steps[0][0].endswith(
+        "create llm"
+    )
+
+
+def test_a_model_nobody_can_name_is_left_to_the_user() -> None:
+    """A shell variable is no model's name: adopted says so, managed keeps the whole command."""
+    lines = VLLM + "entrypoint: [sh, -c]\ncommand: ['vllm serve $$MODEL --port 8009']"
+    adopted, imported = service(lines)
+    assert adopted == {"engine": "vllm", "compose_service": "llm", "port": 8009}
+    assert noted(imported, Kind.TODO, "services.llm.command", "say model")
+    loads(imported)
+    managed, imported = service(lines, manage=True)
+    assert managed["engine"] == "custom"
+    assert managed["command"] == ["vllm serve $MODEL --port 8009"]
+    assert managed["port"] == 8009
+    loads(imported)
+
+
+def test_names_are_given_once() -> None:
+    """Two services that claim one name get two, and the loss is told."""
+    imported = compose(
+        "services:\n"
+        "  a: {image: vllm/vllm-openai, command: --model org/x --served-model-name shared extra}\n"
+        "  b: {image: vllm/vllm-openai, command: --model org/x --served-model-name shared extra}\n"
+        "  c: {image: vllm/vllm-openai, command: '--model org/x --served-model-name \"has space\"'}\n"
+    )
+    models = imported.config["models"]
+    assert list(models) == ["shared", "b", "c"]
+    assert (models["shared"]["aliases"], models["b"].get("aliases")) == (["extra"], None)
+    assert models["b"]["model"] == "shared"
+    assert noted(imported, Kind.CHANGED, "services.b", "'shared' belongs to services.a")
+    assert noted(imported, Kind.LOST, "services.b", "'extra' belongs to services.a")
+    loads(imported)
+
+
+def test_env_files_are_read() -> None:
+    """What an env_file says is carried over, secrets as references; a missing one is noted."""
+    imported = compose(
+        {
+            "compose.yaml": "services:\n  llm:\n    image: vllm/vllm-openai\n    command: --model org/m\n"
+            "    env_file: [a.env, b.env]\n",
+            "a.env": "LEVEL=info\nVLLM_API_KEY=topsecret\nHF_TOKEN=hf_0123456789\n",
+        },
+        manage=True,
+    )
+    (model,) = imported.config["models"].values()
+    assert model["env"] == {"LEVEL": "info", "HF_TOKEN": "${HF_TOKEN}"}
+    assert model["api_key"] == "${VLLM_API_KEY}"
+    assert noted(imported, Kind.LOST, "services.llm.env_file", "/stack/b.env")
+    assert "topsecret" not in repr(imported)
+
+
+def test_values_that_were_filled_in_are_named() -> None:
+    """Whoever changes .env later knows that this file doesn't follow; what isn't set stays a reference."""
+    imported = compose(
+        {
+            "compose.yaml": "services: {llm: {image: 'vllm/vllm-openai:${TAG}', command: '--model ${WHICH}'}}",
+            ".env": "TAG=v9",
+        },
+        manage=True,
+    )
+    (model,) = imported.config["models"].values()
+    assert (model["image"], model["model"]) == ("vllm/vllm-openai:v9", "${WHICH}")
+    assert noted(imported, Kind.CHANGED, "", "TAG")
+    assert noted(imported, Kind.TODO, "", "WHICH is not set")
+    assert imported.variables == {"WHICH"}
+    loads(imported)
+
+
+def test_neighbours() -> None:
+    """Gateways, who talks to a model itself, other servers, holders of the GPU are told; the rest is left alone."""
+    imported = compose(
+        "services:\n"
+        "  llm: {image: vllm/vllm-openai, command: --model org/m, container_name: the-llm}\n"
+        "  litellm: {image: 'ghcr.io/berriai/litellm:main', command: '--api_base http://the-llm:8000'}\n"
+        "  nginx: {image: 'nginx:1'}\n"
+        "  swapper: {build: ., volumes: ['/var/run/docker.sock:/var/run/docker.sock']}\n"
+        "  llm-router: {build: ./router}\n"
+        "  comfy: {image: yanwk/comfyui-boot, gpus: all}\n"
+        "  trainer: {image: pytorch/pytorch, runtime: nvidia}\n"
+        "  ui: {image: ui, environment: {URL: 'http://llm:8000/v1'}, depends_on: {llm: {condition: service_started}}}\n"
+        "  db: {image: postgres}\n"
+    )
+    assert imported.ignored == ["db"]
+    assert noted(imported, Kind.TODO, "services.litellm", "swaps them")
+    assert noted(imported, Kind.TODO, "services.litellm.command", "talks to llm")
+    assert noted(imported, Kind.CHANGED, "services.nginx")
+    assert noted(imported, Kind.TODO, "services.swapper", "drives Docker")
+    assert noted(imported, Kind.TODO, "services.llm-router", "your own")
+    assert noted(imported, Kind.LOST, "services.comfy", "engine: custom")
+    assert noted(imported, Kind.CHANGED, "services.comfy", "GPU")
+    assert noted(imported, Kind.CHANGED, "services.trainer", "GPU")
+    assert noted(imported, Kind.TODO, "services.ui.environment.URL", "talks to llm")
+    assert noted(imported, Kind.TODO, "services.ui.depends_on", "take llm out")
+
+
+def test_a_file_without_a_model_is_refused() -> None:
+    """The error names the services that there are, what is known, and how to go on by hand."""
+    with pytest.raises(CannotImport, match=r"none of its services \(web, db\)") as raised:
+        compose("services: {web: {image: nginx}, db: {image: postgres}}")
+    assert "engine: custom" in str(raised.value.remedy)
+
+
+@pytest.mark.parametrize(
+    ("lines", "key"),
+    [
+        ("image: [a]", "services.llm.image"),
+        ("ports: 8000", "services.llm.ports"),
+        ("environment: 5", "services.llm.environment"),
+        ("command: 'unclosed \"quote'", "services.llm.command"),
+        ("volumes: {a: b}", "services.llm.volumes"),
+        ("deploy: [x]", "services.llm.deploy"),
+        ("devices: [{a: b}]", "services.llm.devices"),
+    ],
+)
+def test_a_key_of_the_wrong_kind_is_named(lines: str, key: str) -> None:
+    """What Compose itself would refuse ends in an error that names the key."""
+    with pytest.raises(CannotImport) as raised:
+        service(VLLM + lines if "image" not in lines else lines)
+    assert str(raised.value).startswith(f"{key}:")
