@@ -45,7 +45,9 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
 
     ``container`` is our own container's full id, empty on the host; ``project`` is its compose project. A container
     that uses another's network (``network_mode: service:…``) sees that one's files and takes itself for it; where to
-    meet engines is right even so. ``network`` is where we meet engines, empty if that is through published loopback ports; ``networks`` are all that we are on.
+    meet engines is right even so. ``network`` is where we meet them, empty if that is through published loopback ports;
+    ``networks`` are all that we are on.
+
     ``hf_cache`` is the volume or host folder to mount as Hugging Face cache into managed containers, empty if there is
     none that they could share with us. ``gpus``: this Docker can give GPUs; ``cdi``: it names them the CDI way.
     """
