@@ -188,6 +188,65 @@ def unload(
     command(_url(config, url), model)
 
 
+importer = typer.Typer(
+    help="Write a config file from another program's: compose files, llama-swap.",
+    epilog=_epilog("modelswap import compose compose.yaml", "modelswap import llama-swap config.yaml"),
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+app.add_typer(importer, name="import", rich_help_panel="Act")
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="What to write; - prints it.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")]
+
+
+@importer.command(
+    "compose",
+    epilog=_epilog(
+        "modelswap import compose compose.yaml",
+        "modelswap import compose compose.yaml compose.gpu.yaml --managed -o modelswap.yaml",
+        "modelswap import compose -o - | less",
+    ),
+)
+def import_compose(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FILE]...", help="Compose files, the later over the earlier. Default: the one here."),
+    ] = None,
+    more: Annotated[list[Path] | None, typer.Option("--file", "-f", metavar="FILE", help="The same as FILE.")] = None,
+    managed: Annotated[
+        bool,
+        typer.Option(
+            "--managed/--adopted",
+            help="Let modelswap make the containers from their images, or start and stop those that compose makes.",
+        ),
+    ] = False,
+    output: Output = CONFIG_FILE,
+    force: Force = False,
+) -> None:
+    """Write a config for the LLM services in compose files: vLLM, llama.cpp, SGLang, TGI, Ollama.
+
+    What can't be carried over is listed, and stands at the end of the new file. Secrets are not copied.
+    """
+    from modelswap.cli.importing import compose as command
+
+    command([*(files or []), *(more or [])], output, managed=managed, force=force)
+
+
+@importer.command("llama-swap", epilog=_epilog("modelswap import llama-swap config.yaml"))
+def import_llama_swap(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="llama-swap's config.yaml.")],
+    output: Output = CONFIG_FILE,
+    force: Force = False,
+) -> None:
+    """Write a config for the models in llama-swap's config file.
+
+    What can't be carried over is listed, and stands at the end of the new file. Secrets are not copied.
+    """
+    from modelswap.cli.importing import llama_swap as command
+
+    command(file, output, force=force)
+
+
 @app.command(epilog=_epilog("modelswap version"), rich_help_panel="Look")
 def version() -> None:
     """Print the version."""
