@@ -110,9 +110,10 @@ async def persistently(
         except Trouble as error:
             if not is_away(error):
                 raise
-            if forbidden(error) or isinstance(error, TimeoutError) or loop.time() + pause > deadline:
+            left = deadline - loop.time()
+            if forbidden(error) or isinstance(error, TimeoutError) or left <= 0:
                 raise failure(error, doing) from error
-        await asyncio.sleep(pause)
+        await asyncio.sleep(min(pause, left))
         pause = min(_LONGEST_PAUSE, pause * 2)
 
 
