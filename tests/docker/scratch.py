@@ -7,18 +7,30 @@ import contextlib
 import os
 import random
 import shutil
+import tempfile
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import aiodocker
+import pytest
 
 from modelswap.runtimes.docker import api
 
 BASE: Final = os.environ.get("MODELSWAP_TEST_BASE", "modelswap-base:bookworm")
 URL: Final = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
 LABEL: Final = "io.modelswap.test"
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="a second dockerd wants root")
+
+
+@contextlib.contextmanager
+def short_folder() -> Iterator[Path]:
+    """Make a folder with a path short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="msw", dir="/var/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 class Scratch:

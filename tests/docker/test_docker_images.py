@@ -6,8 +6,6 @@ import asyncio
 import base64
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import pytest
 from modelswap.protocol.errors import Code
 from modelswap.runtimes.docker.images import DiskFull, Image, ImageUnavailable, local_image, pull
 from tests.docker.registry import Registry
-from tests.docker.scratch import BASE, Scratch, private_daemon, scratch
+from tests.docker.scratch import BASE, Scratch, needs_root, private_daemon, scratch, short_folder
 
 pytestmark = pytest.mark.docker
 
@@ -167,19 +165,15 @@ async def test_a_cancelled_pull_ends_in_docker_too_and_can_be_done_again(box: Sc
 
 
 @pytest.fixture
-def short_folder() -> Iterator[Path]:
-    """A folder with a path short enough for sockets."""
-    with tempfile.TemporaryDirectory(prefix="msw", dir="/var/tmp", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
-
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="a second dockerd wants root")
+def folder() -> Iterator[Path]:
+    with short_folder() as made:
+        yield made
 
 
 @needs_root
-async def test_docker_that_ends_in_the_middle_is_worth_another_try(short_folder: Path) -> None:
+async def test_docker_that_ends_in_the_middle_is_worth_another_try(folder: Path) -> None:
     """Its stream just ends then, without a word."""
-    async with asyncio.timeout(DEADLINE), private_daemon(short_folder) as daemon, scratch(daemon.url) as box:
+    async with asyncio.timeout(DEADLINE), private_daemon(folder) as daemon, scratch(daemon.url) as box:
         async with serving(Registry(layer_bytes=4 << 20, gate=asyncio.Event()), box) as registry:
             heard = Heard()
             pulling = asyncio.create_task(pull(box.docker, registry.ref, heard, NOBODY))
@@ -193,9 +187,9 @@ async def test_docker_that_ends_in_the_middle_is_worth_another_try(short_folder:
 
 
 @needs_root
-async def test_a_full_disk_is_an_error_of_its_own(short_folder: Path) -> None:
+async def test_a_full_disk_is_an_error_of_its_own(folder: Path) -> None:
     """It names the folder, since that may well be on another disk than one thinks."""
-    data = short_folder / "data"
+    data = folder / "data"
     data.mkdir()
     mounting = await asyncio.create_subprocess_exec("mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(data))
     if await mounting.wait() != 0:
@@ -203,7 +197,7 @@ async def test_a_full_disk_is_an_error_of_its_own(short_folder: Path) -> None:
     try:
         async with (
             asyncio.timeout(DEADLINE),
-            private_daemon(short_folder) as daemon,
+            private_daemon(folder) as daemon,
             scratch(daemon.url) as box,
             serving(Registry(layer_bytes=30 << 20), box) as registry,
         ):
