@@ -16,17 +16,48 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import openai
+import yaml
+
 from tests.system.stack import free_port, until
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 ENGINES: Final = ("mistral-llm", "coder-llm", "llava-llm")
+WEIGHTS: Final = {
+    "mistral": "mistralai/Mistral-7B-Instruct-v0.3",
+    "coder": "Qwen/Qwen2.5-Coder-7B-Instruct",
+    "llava": "llava-hf/llava-v1.6-mistral-7b-hf",
+}
+"""Models by name, and what the shipped files load for them."""
 IMAGE: Final = os.environ.get("MODELSWAP_TEST_IMAGE", "modelswap:latest")
 ENGINE_IMAGE: Final = os.environ.get("MODELSWAP_TEST_ENGINE", "modelswap-engine:latest")
 PROXY_IMAGE: Final = os.environ.get("MODELSWAP_TEST_PROXY", "modelswap-haproxy:latest")
 DEADLINE: Final = 60.0
 
+_HUB: Final = """
+import threading, hub
+with hub.serving("0.0.0.0", 8000) as served:
+    files = {"config.json": b"{}", "model.safetensors": bytes(100_000)}
+    served.repositories |= {name: hub.Repository(files) for name in %r}
+    threading.Event().wait()
+"""
 _CONTAINER: Final = "multimodal-stack-orchestrator"
 _USUAL_PORTS: Final = (8080, 8888)
+
+
+class _Reset:
+    """Compose's tag for what is to be taken away."""
+
+
+_RESET: Final = _Reset()
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+_Dumper.add_representer(_Reset, lambda dumper, _: dumper.represent_scalar("!reset", "null"))
 
 
 def docker_socket() -> Path:
@@ -153,31 +184,46 @@ class ComposeStack:
             "MODELSWAP_IMAGE": IMAGE,
             "VLLM_IMAGE": ENGINE_IMAGE,
             "HAPROXY_IMAGE": PROXY_IMAGE,
+            "HF_ENDPOINT": "http://model-hub:8000",
             "COMPILE_CACHE": self._compile_cache,
             "ENGINE_SHM_SIZE": "64mb",
             "DOCKER_PROXY_CREATE": "yes" if self.managed else "no",
         }
         assert stat.S_ISSOCK(socket.stat().st_mode)
         (self.folder / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
-        # No GPU, no registry, and health checks often enough not to be waited for.
-        lines = ["services:"]
-        for service in ("api-gateway", "model-orchestrator", *(() if self.managed else ENGINES)):
-            lines += [f"  {service}:", "    pull_policy: never"]
-            if service == "api-gateway":
-                lines += ["    healthcheck: {interval: 1s}"]
-                continue
-            lines += ["    deploy: !reset null"]
-            if service in ENGINES:
-                lines += [f"    environment: {{SIM_ARGS: {json.dumps(self._engine)}}}"]
-            else:
-                lines += ["    healthcheck: {interval: 1s}", "    environment: {HF_HUB_OFFLINE: '1'}"]
-        (self.folder / "compose.test.yaml").write_text("\n".join(lines) + "\n")
+        shutil.copy(REPOSITORY / "tests" / "weights" / "hub.py", self.folder)
+        (self.folder / "compose.test.yaml").write_text(yaml.dump({"services": self._overrides()}, Dumper=_Dumper))
         if self.managed:
             config = self.folder / "modelswap.managed.yaml"
             shipped = config.read_text()
             assert "    env: &env\n" in shipped
             ours = f"    env: &env\n      SIM_ARGS: {json.dumps(self._engine)}\n"
             config.write_text(shipped.replace("    env: &env\n", ours))
+
+    def _overrides(self) -> dict[str, Any]:
+        """No GPU, no registry, a hub of our own, and health checks often enough not to be waited for."""
+        often = {"interval": "1s"}
+        found: dict[str, Any] = {
+            "api-gateway": {"pull_policy": "never", "healthcheck": often},
+            "model-orchestrator": {
+                "pull_policy": "never",
+                "healthcheck": often,
+                "deploy": _RESET,
+                "depends_on": ["model-hub"],
+            },
+            "model-hub": {
+                "image": ENGINE_IMAGE,
+                "pull_policy": "never",
+                "entrypoint": ["/opt/modelswap/bin/python", "-c", _HUB % list(WEIGHTS.values())],
+                "environment": {"PYTHONPATH": "/srv"},
+                "volumes": ["./hub.py:/srv/hub.py:ro"],
+                "init": True,
+            },
+        }
+        if not self.managed:
+            engine = {"pull_policy": "never", "deploy": _RESET, "environment": {"SIM_ARGS": self._engine}}
+            found |= dict.fromkeys(ENGINES, engine)
+        return found
 
     async def _tell(self) -> None:
         with contextlib.suppress(AssertionError):
@@ -232,12 +278,22 @@ class ComposeStack:
         return f"http://127.0.0.1:{self.gateway_port}/v1"
 
     async def healthy(self) -> bool:
-        """Return whether the gateway says that it and the orchestrator are well."""
+        """Return whether both services say that they are well."""
         try:
-            health = await asyncio.to_thread(_get, f"http://127.0.0.1:{self.gateway_port}/health")
+            for port in (self.orchestrator_port, self.gateway_port):
+                if (await asyncio.to_thread(_get, f"http://127.0.0.1:{port}/health")).get("status") != "ok":
+                    return False
         except (OSError, ValueError):
             return False
-        return health.get("status") == "ok"
+        return True
+
+    async def ask(self, model: str, tokens: int = 2) -> str:
+        """Ask a model through the gateway; returns which model the engine says it is."""
+        async with openai.AsyncOpenAI(base_url=self.base_url, api_key="none", max_retries=0) as client:
+            answer = await client.chat.completions.create(
+                model=model, messages=[{"role": "user", "content": "hello"}], max_tokens=tokens
+            )
+        return answer.model
 
     async def status(self) -> dict[str, Any]:
         """Return the orchestrator's status."""
