@@ -213,6 +213,14 @@ def test_values_that_were_filled_in_are_named() -> None:
     loads(imported)
 
 
+def test_a_secret_that_is_a_default_is_not_copied() -> None:
+    """``${KEY:-literal}`` becomes ``${KEY}``, and the user is told that it must be set now."""
+    model, imported = service(VLLM + "command: --model org/m --api-key ${VLLM_API_KEY:-token-abc123}")
+    assert model["api_key"] == "${VLLM_API_KEY}"
+    assert noted(imported, Kind.TODO, "", "the default of VLLM_API_KEY")
+    assert "abc123" not in report.text(imported, "x") + repr(imported)
+
+
 def test_neighbours() -> None:
     """Gateways, who talks to a model itself, other servers, holders of the GPU are told; the rest is left alone."""
     imported = compose(

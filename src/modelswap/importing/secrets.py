@@ -64,8 +64,3 @@ class Vault:
                 prefix = f"_{prefix}"
         self._values[prefix + name] = value
         return f"${{{prefix + name}}}"
-
-    @property
-    def names(self) -> list[str]:
-        """The variables that were made up or taken for literal secrets."""
-        return list(self._values)
