@@ -62,6 +62,7 @@ def fake() -> Iterator[Fake]:
             found = served.answers.get(key, (404, {"detail": "nothing here"}))
             status, content = found() if callable(found) else found
             self.send_response(status)
+            self.send_header("Content-Type", "application/json")
             self.end_headers()
             self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
 

@@ -16,7 +16,8 @@ from modelswap.cli import main
 Run = Callable[..., Any]
 
 COMMANDS = [
-    "up", "orchestrator", "gateway", "demo", "check", "doctor", "status", "swap", "unload", "models", "logs", "version",
+    "up", "orchestrator", "gateway", "demo", "check", "doctor", "status", "swap", "unload", "pull",
+    "models", "logs", "version",
 ]  # fmt: skip
 
 GOOD = """

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from modelswap.spec.config import Docker, Model
-from modelswap.weights.places import as_on_host, environment, hub_cache, on_host, shared_home
+from modelswap.weights import places
+from modelswap.weights.places import Unseen, as_on_host, environment, hub_cache, on_host, shared_home
 
 ENVIRONMENTS: list[dict[str, str]] = [
     {"HOME": "/home/u"},
@@ -94,8 +95,41 @@ def test_a_container_with_a_cache_of_its_own_keeps_it(fields: dict[str, Any], hu
 
 
 def test_volumes_are_not_seen_from_here() -> None:
-    """Folders are, on Docker's machine; that is what `docker.hf_cache` may name."""
+    """Folders are, on Docker's machine."""
     assert as_on_host("weights") is None
     assert as_on_host("/srv") == (Path("/srv") if on_host() else None)
+
+
+def test_dockers_folders_are_ours_unless_we_are_in_a_container(tmp_path: Path) -> None:
+    """Or the daemon is in there with us; one that merely can be seen (`pid: host`) is not."""
+    assert on_host(tmp_path)
+    (tmp_path / ".dockerenv").touch()
+    for number, namespace in (("self", "mnt:[1]"), ("7", "mnt:[2]")):
+        (tmp_path / "proc" / number / "ns").mkdir(parents=True)
+        (tmp_path / "proc" / number / "ns" / "mnt").symlink_to(namespace)
+    assert not on_host(tmp_path)
+    (tmp_path / "proc" / "7" / "comm").write_text("dockerd\n")
+    assert not on_host(tmp_path)
+    (tmp_path / "proc" / "7" / "ns" / "mnt").unlink()
+    (tmp_path / "proc" / "7" / "ns" / "mnt").symlink_to("mnt:[1]")
+    assert on_host(tmp_path)
+
+
+def test_on_dockers_machine_the_shared_cache_is_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours, or the one that the config names; a volume is somewhere else, and its weights are not for us."""
+    monkeypatch.setattr(places, "on_host", lambda: True)
     assert shared_home(Docker()) is None
     assert shared_home(Docker(hf_cache="/srv/hf"), seen=here) == Path("/srv/hf")
+    assert shared_home(Docker(hf_cache="volume")) is Unseen.CACHE
+    assert environment(managed(), {}, Unseen.CACHE) is None
+    assert environment(managed(volumes=["/srv/hf:/root/.cache"]), {}, Unseen.CACHE, seen=here) is not None
+    assert environment(Model(model="org/name"), {}, Unseen.CACHE) == {}
+
+
+def test_in_a_container_the_shared_cache_is_what_is_mounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache in the container's own layer would be seen by nobody else."""
+    monkeypatch.setattr(places, "on_host", lambda: False)
+    monkeypatch.setattr(Path, "is_mount", lambda path: str(path) in ("/", "/cache"))
+    assert shared_home(Docker(hf_cache="volume"), {"HF_HOME": "/cache/huggingface"}, seen=here) is None
+    assert shared_home(Docker(), {"HF_HOME": "/cache"}, seen=here) is None
+    assert shared_home(Docker(), {"HF_HOME": "/root/hf"}, seen=here) is Unseen.CACHE

@@ -188,6 +188,29 @@ def unload(
     command(_url(config, url), model)
 
 
+@app.command(
+    epilog=_epilog("modelswap pull", "modelswap pull mistral coder", "modelswap pull --newer mistral"),
+    rich_help_panel="Act",
+)
+def pull(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="MODEL", help="Models or aliases. Default: every model.")
+    ] = None,
+    newer: Annotated[
+        bool, typer.Option("--newer", help="Also ask whether there is a newer image or revision of what is here.")
+    ] = False,
+    config: ConfigFile = CONFIG_FILE,
+) -> None:
+    """Download the images and weights of models ahead of time, with progress bars.
+
+    Weights go to the Hugging Face cache that engines load from; HF_TOKEN, HF_HOME and HF_ENDPOINT count, and a model's
+    own env over them. What is here already is left alone. Ctrl-C keeps what came, and the next time goes on there.
+    """
+    from modelswap.cli.pull import pull as command
+
+    _end(command(config, models or [], newer=newer))
+
+
 importer = typer.Typer(
     help="Write a config file from another program's: compose files, llama-swap.",
     epilog=_epilog("modelswap import compose compose.yaml", "modelswap import llama-swap config.yaml"),

@@ -51,15 +51,15 @@ class Fetched(msgspec.Struct, frozen=True):
 class HubWeights:
     """The weights that models load from the Hugging Face hub, as `orchestrator.preparing.Weights`.
 
-    ``cache`` is the folder, as we see it, that is mounted as ``HF_HOME`` into containers; None: our own ``HF_HOME``.
-    ``seen`` tells where we see other folders and volumes that containers mount (`places.Seen`). ``mounted`` says of a
-    container that somebody else made whether it shares that cache; by default none does.
+    ``cache`` is the folder, as we see it, that is mounted as ``HF_HOME`` into containers (`places.shared_home`); None:
+    our own ``HF_HOME``. ``seen`` tells where we see other folders and volumes that containers mount (`places.Seen`).
+    ``mounted`` says of a container that somebody else made whether it shares that cache; by default none does.
     """
 
     def __init__(
         self,
         env: Mapping[str, str] = os.environ,
-        cache: Path | None = None,
+        cache: places.Cache = None,
         *,
         seen: places.Seen = places.as_on_host,
         mounted: Callable[[Model], bool] = lambda _: False,
@@ -98,7 +98,7 @@ class HubWeights:
 
 
 async def prepare_weights(
-    name: str, spec: Model, report: Report, *, env: Mapping[str, str] = os.environ, cache: Path | None = None
+    name: str, spec: Model, report: Report, *, env: Mapping[str, str] = os.environ, cache: places.Cache = None
 ) -> None:
     """Have a model's weights in the shared cache before its start; does nothing if none are for us to download.
 

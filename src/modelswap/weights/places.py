@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping
+from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -17,6 +19,16 @@ HUB: Final = "https://huggingface.co"
 
 Seen = Callable[[str], Path | None]
 """Tells where we see a folder of Docker's machine or a volume; None: we don't."""
+
+
+class Unseen(Enum):
+    """Stands for a cache that containers have and we don't."""
+
+    CACHE = "unseen"
+
+
+Cache = Path | Unseen | None
+"""The folder, as we see it, that is mounted as ``HF_HOME`` into containers; None: our own ``HF_HOME``."""
 
 _HOME: Final = PurePosixPath("/root/.cache/huggingface")
 """Where the cache is in a container, unless its variables say otherwise."""
@@ -34,9 +46,15 @@ _OF_THE_HUB: Final = re.compile(
 _VARIABLE: Final = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 
 
-def on_host() -> bool:
-    """Return whether we run on Docker's machine itself, as far as can be seen from here, and not in a container."""
-    return not any(Path(mark).exists() for mark in ("/.dockerenv", "/run/.containerenv"))
+def on_host(root: Path = Path("/")) -> bool:
+    """Return whether Docker's folders are ours, as far as can be seen without asking it.
+
+    They are unless we are in a container; and also there if the Docker daemon runs beside us in the same one.
+    """
+    if not any((root / mark).exists() for mark in (".dockerenv", "run/.containerenv")):
+        return True
+    proc = root / "proc"
+    return any(_is_dockerd(process) and _same_mounts(process, proc / "self") for process in proc.glob("[0-9]*"))
 
 
 def as_on_host(source: str) -> Path | None:
@@ -45,22 +63,21 @@ def as_on_host(source: str) -> Path | None:
 
 
 def environment(
-    spec: Model, env: Mapping[str, str] = os.environ, cache: Path | None = None, *, seen: Seen = as_on_host
+    spec: Model, env: Mapping[str, str] = os.environ, cache: Cache = None, *, seen: Seen = as_on_host
 ) -> dict[str, str] | None:
     """Return the environment in which a model's weights are downloaded; it holds secrets.
 
     It is ``env``, and on top of it what the model's own ``env`` says about the hub: token, endpoint, offline mode,
     proxies, and its folders if the engine is a process of ours. A token in the engine's arguments goes first.
 
-    ``cache`` is the folder, as we see it, that is mounted as ``HF_HOME`` into containers; None: our own. Returns None
-    for a container that has a cache of its own which isn't ``seen`` by us.
+    ``cache`` is that of containers, unless one mounts its own (`Seen`). Returns None if we can't see it.
     """
     found = {name: value for name, value in env.items() if name not in _OURS_ALONE}
     own = {name: value for name, value in spec.env.items() if _OF_THE_HUB.fullmatch(name) or name in _PLACES}
     if spec.runtime != "process":
         own = {name: value for name, value in own.items() if name not in _PLACES}
         mounted = _mounted(spec, seen)
-        if mounted is None:
+        if mounted is None or (not mounted and isinstance(cache, Unseen)):
             return None
         if mounted or cache is not None:
             own["HF_TOKEN_PATH"] = found.get("HF_TOKEN_PATH") or str(_home(found) / "token")
@@ -78,12 +95,18 @@ def environment(
     return found
 
 
-def shared_home(docker: config.Docker, *, seen: Seen = as_on_host) -> Path | None:
-    """Return the folder that ``docker.hf_cache`` names, as we see it; None if it names none: our own is meant.
+def shared_home(docker: config.Docker, env: Mapping[str, str] = os.environ, *, seen: Seen = as_on_host) -> Cache:
+    """Return the cache that is mounted into containers.
 
-    In a container we take it that the same volume or folder is mounted at our own ``HF_HOME``.
+    On Docker's machine that is the folder that ``docker.hf_cache`` names, else our own; a volume we don't see. In a
+    container it is our own ``HF_HOME`` if something is mounted there, or over it: the same is then taken for engines.
     """
-    return None if docker.hf_cache is None else seen(docker.hf_cache)
+    if docker.hf_cache is not None and (found := seen(docker.hf_cache)) is not None:
+        return found
+    if on_host():
+        return None if docker.hf_cache is None else Unseen.CACHE
+    home = _home(env).absolute()
+    return None if any(folder.is_mount() for folder in (home, *home.parents[:-1])) else Unseen.CACHE
 
 
 def hub_cache(env: Mapping[str, str]) -> Path:
@@ -102,6 +125,18 @@ def is_public(env: Mapping[str, str]) -> bool:
 def secrets(env: Mapping[str, str]) -> list[str]:
     """Return what must not be told to anybody."""
     return [env[name] for name in _TOKENS if env.get(name)]
+
+
+def _is_dockerd(process: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return (process / "comm").read_text().strip() == "dockerd"
+    return False
+
+
+def _same_mounts(process: Path, us: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return (process / "ns" / "mnt").readlink() == (us / "ns" / "mnt").readlink()
+    return False
 
 
 def _home(env: Mapping[str, str]) -> Path:
