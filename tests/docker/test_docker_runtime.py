@@ -18,6 +18,7 @@ from modelswap.runtimes.base import Exit, NotPrepared, Running, StartFailed
 from modelswap.runtimes.docker import api
 from modelswap.runtimes.docker.body import container_name
 from modelswap.runtimes.docker.records import Start, Starts
+from modelswap.runtimes.ports import Ports
 from modelswap.spec import config
 from tests.runtimes.docker_host import IMAGE, PORT, PYTHON, DockerHost, adopted, docker_host
 from tests.runtimes.saying import until
@@ -279,6 +280,22 @@ async def test_a_reused_address_is_not_the_former_instances(host: DockerHost) ->
 
 
 # Containers that somebody else made
+
+
+async def test_adopted_containers_may_publish_the_same_port(host: DockerHost) -> None:
+    """What one container published is free when the next one starts, however fast that follows."""
+    port = Ports(host.state_dir / "port").take()
+    published = {"PortBindings": {f"{PORT}/tcp": [{"HostIp": "127.0.0.1", "HostPort": str(port)}]}}
+    for name in ("one", "two"):
+        await host.make(name, [*PYTHON, "answer", f"{PORT},{name}"], HostConfig=published)
+    await host.configure(
+        one=adopted(container=f"{host.name}-one"),
+        two=adopted(container=f"{host.name}-two"),
+    )
+    for name in ("one", "two") * 3:
+        running = await host.start(model=name)
+        assert await answer_of(running) == name.encode()
+        await host.runtime.stop(running, 0)
 
 
 @pytest.mark.parametrize("by", ["name", "labels"])

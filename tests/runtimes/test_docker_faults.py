@@ -289,7 +289,9 @@ async def test_an_old_end_is_not_a_later_starts(fake: FakeDocker, runtime: Docke
 
 
 async def test_memory_limits_are_told(fake: FakeDocker, runtime: DockerRuntime) -> None:
-    """That the kernel killed something in a container is known from its event, or from what Docker says later."""
+    """That the kernel killed something at a container's limit is known from its event, or what Docker says later."""
+    await runtime.create(await order(runtime))
+    fake.only().body["HostConfig"]["Memory"] = 1000
     first = await started(runtime)
     fake.tell("oom", fake.only())
     fake.die(fake.only(), 1)
@@ -298,6 +300,17 @@ async def test_memory_limits_are_told(fake: FakeDocker, runtime: DockerRuntime) 
     fake.only().oom = True
     fake.die(fake.only(), 137)
     assert await runtime.wait(second) == Exit(-9, oom=True)
+
+
+async def test_without_a_limit_a_kill_is_told_at_once(fake: FakeDocker, runtime: DockerRuntime) -> None:
+    """If the machine's memory ran out (which Docker tells alike), it wasn't the container's limit; nobody is asked."""
+    running = await started(runtime)
+    waiting = await waiting_for(fake, runtime, running)
+    fake.fault = failing("/json", times=1000)
+    fake.only().oom = True
+    fake.tell("oom", fake.only())
+    fake.die(fake.only(), 137)
+    assert await waiting == Exit(-9)
 
 
 async def test_a_stop_is_asked_for_once(fake: FakeDocker, runtime: DockerRuntime) -> None:

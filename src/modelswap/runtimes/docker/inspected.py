@@ -34,3 +34,16 @@ def exposed_by(inspected: Inspected) -> tuple[int, ...]:
     """Return the TCP ports that a container says it listens at."""
     ports = [port.partition("/") for port in inspected["Config"].get("ExposedPorts") or {}]
     return tuple(sorted(int(number) for number, _, kind in ports if kind in ("", "tcp") and number.isdigit()))
+
+
+def is_limited(inspected: Inspected) -> bool:
+    """Return whether a container has a memory limit of its own."""
+    return bool(inspected["HostConfig"].get("Memory"))
+
+
+def was_oom_killed(inspected: Inspected) -> bool:
+    """Return whether something in it was killed at the container's memory limit.
+
+    With cgroups v2 Docker says so (``OOMKilled``) also when the machine's memory ran out.
+    """
+    return is_limited(inspected) and bool(inspected["State"].get("OOMKilled"))

@@ -41,6 +41,8 @@ class Life:
     """We have asked it to end."""
     killed: bool = False
     """We have sent it SIGKILL."""
+    limited: bool | None = None
+    """Its container has a memory limit; None: not known."""
     oom: bool = False
     """Something in it was killed at its memory limit."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)

@@ -14,7 +14,7 @@ from modelswap.runtimes.base import Running, StartFailed, StartOrder
 from modelswap.runtimes.docker import api
 from modelswap.runtimes.docker.catalogue import Catalogue
 from modelswap.runtimes.docker.client import START_SECONDS, failure, persistently
-from modelswap.runtimes.docker.inspected import Inspected, finished_at, is_running, name_of
+from modelswap.runtimes.docker.inspected import Inspected, finished_at, is_limited, is_running, name_of
 from modelswap.runtimes.docker.lives import Life, key_of
 from modelswap.runtimes.docker.making import Maker
 from modelswap.runtimes.docker.reach import Unreached, address_of, started_at
@@ -152,7 +152,13 @@ class Starter:
             except Unreached as error:
                 unreached = error
         start = start.completed(born, address)
-        life = Life(start.running(), port=start.port, log_since=start.log_since, announced=True)
+        life = Life(
+            start.running(),
+            port=start.port,
+            limited=is_limited(inspected),
+            log_since=start.log_since,
+            announced=True,
+        )
         self._starts.note(start)
         self._tracker.add(life)
         if not is_running(inspected):

@@ -22,7 +22,15 @@ from modelswap.runtimes.docker.catalogue import Belonging, Catalogue
 from modelswap.runtimes.docker.chores import Chores
 from modelswap.runtimes.docker.client import CALL_SECONDS, Trouble, persistently
 from modelswap.runtimes.docker.events import Event
-from modelswap.runtimes.docker.inspected import Inspected, finished_at, is_running, labels_of, name_of
+from modelswap.runtimes.docker.inspected import (
+    Inspected,
+    finished_at,
+    is_limited,
+    is_running,
+    labels_of,
+    name_of,
+    was_oom_killed,
+)
 from modelswap.runtimes.docker.lives import Life, Lives, key_of
 from modelswap.runtimes.docker.reach import Unreached, address_of, started_at
 from modelswap.runtimes.docker.records import LOG_MARGIN, Start, Starts
@@ -65,7 +73,7 @@ class Tracker:
                 self._died(event)
             case "oom":
                 for life in self.lives.living(event.container):
-                    life.oom = True
+                    life.oom = life.limited is not False
             case "destroy":
                 self._last_die.pop(event.container, None)
                 for life in self.lives.living(event.container):
@@ -102,8 +110,10 @@ class Tracker:
         if inspected is None or started_at(inspected) != running.born:
             self.ended(life, None, 0.0)
         elif not is_running(inspected):
-            life.oom = life.oom or bool(inspected["State"].get("OOMKilled"))
+            life.oom = life.oom or was_oom_killed(inspected)
             self.ended(life, inspected["State"].get("ExitCode"), finished_at(inspected))
+        else:
+            life.limited = is_limited(inspected)
         return inspected
 
     async def reconcile(self) -> None:
@@ -148,7 +158,8 @@ class Tracker:
         for life in mine[-1:]:
             code = event.attributes.get("exitCode", "")
             number = int(code) if code.isdigit() else None
-            if number == _SIGKILLED and not life.killed and not life.oom:
+            unsure = not (life.killed or life.oom) and life.limited is not False
+            if number == _SIGKILLED and unsure:
                 self._chores.start(self._ended_by_sigkill(life, event.at), "look at an end")
             else:
                 self.ended(life, number, event.at)
@@ -164,7 +175,7 @@ class Tracker:
             async with asyncio.timeout(CALL_SECONDS):
                 inspected = await api.inspect(self._docker, life.running.container)
             if inspected is not None and started_at(inspected) == life.running.born:
-                life.oom = life.oom or bool(inspected["State"].get("OOMKilled"))
+                life.oom = life.oom or was_oom_killed(inspected)
         self.ended(life, _SIGKILLED, at)
 
     def _candidates(self, event: Event) -> list[str]:
@@ -252,7 +263,13 @@ class Tracker:
         if not start.born:
             start = start.completed(born, self._address(inspected, start.port))
             self._starts.note(start)
-        return Life(start.running(), port=start.port, log_since=start.log_since, announced=True)
+        return Life(
+            start.running(),
+            port=start.port,
+            limited=is_limited(inspected),
+            log_since=start.log_since,
+            announced=True,
+        )
 
     def _not_ours(self, belonging: Belonging, inspected: Inspected) -> Life:
         born = started_at(inspected)
@@ -270,6 +287,7 @@ class Tracker:
             foreign=belonging.current,
             unwanted=not belonging.current,
             port=belonging.port,
+            limited=is_limited(inspected),
             log_since=since,
         )
 
