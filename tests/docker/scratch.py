@@ -29,7 +29,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="a second dockerd want
 @contextlib.contextmanager
 def short_folder() -> Iterator[Path]:
     """Make a folder with a path short enough for sockets."""
-    with tempfile.TemporaryDirectory(prefix="msw", dir="/var/tmp", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="msw", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 
