@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
+import uvloop
+from filelock import FileLock
 from huggingface_hub import snapshot_download
 
 from modelswap.spec.config import Model
@@ -351,3 +353,44 @@ async def test_a_shared_cache_takes_the_place_of_ours(hub: Hub, env: dict[str, s
     await prepare_weights("m", spec(image="vllm"), Heard(), env=env, cache=shared)
     assert (shared / "hub" / "models--org--tiny" / "snapshots").is_dir()
     assert not Path(env["HF_HOME"]).exists()
+
+
+def test_it_is_the_same_on_the_services_event_loop(hub: Hub, env: dict[str, str]) -> None:
+    """uvloop has its own way with processes: cancelling kills there, too, and a download comes to its end."""
+
+    async def go() -> None:
+        hub.stall_after = LARGE // 2
+        task = asyncio.create_task(prepare(env))
+        await begun(env)
+        (process,) = fetchers()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not process.is_running()
+        hub.stall_after = None
+        hub.go_on.set()
+        await prepare(env)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(go())
+    assert len(hub.ranges) >= 1
+
+
+def leftover(env: dict[str, str], name: str, *, age: float) -> Path:
+    """Make what a killed download by the library leaves behind."""
+    path = Path(env["HF_HOME"], "hub", "models--org--tiny", "blobs", f"{name}.0123abcd.incomplete")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    os.utime(path, (path.stat().st_mtime - age,) * 2)
+    return path
+
+
+async def test_what_can_never_be_taken_up_is_cleared_away(hub: Hub, env: dict[str, str]) -> None:
+    """The library's own unfinished files, once they are old and nobody holds their lock."""
+    old, young = leftover(env, "old", age=120), leftover(env, "young", age=1)
+    held = leftover(env, "held", age=120)
+    lock = Path(env["HF_HOME"], "hub", ".locks", "models--org--tiny", "held.lock")
+    lock.parent.mkdir(parents=True)
+    with FileLock(lock):
+        await prepare(env)
+    assert [path.exists() for path in (old, young, held)] == [False, True, True]
