@@ -69,7 +69,7 @@ bench-sched: $(STAMP)  ## scheduling policies in virtual time
 test-docker: $(STAMP)  ## all tests that need a Docker daemon; gets one ready first (apt, debootstrap; no registry)
 	@bash tools/docker-bed.sh $(BIN)/python $(VENV)
 	@echo "==> pytest against Docker"
-	@DOCKER_CONFIG="$(CURDIR)/$(VENV)/docker" $(BIN)/pytest -q -m docker $(ARGS)
+	@DOCKER_CONFIG="$(CURDIR)/$(VENV)/docker" $(BIN)/pytest -q -m "docker and not vllm" $(ARGS)
 
 test-openvino: $(STAMP)  ## the embedded engine on real weights
 	@$(BIN)/pytest -q -m openvino $(ARGS)
