@@ -125,6 +125,22 @@ def test_models_without_a_device_are_in_nobodys_way(bench: Bench) -> None:
     assert [stray.reason for stray in found.strays] == ["d.2 has model d"]
 
 
+def test_sleepers_go_on_beside_what_has_the_device(bench: Bench) -> None:
+    """A sleeper holds no device; it is adopted at the level it sleeps at."""
+    awake, asleep = living(bench), living(bench, "b.2", "b", pid=42)
+    journal = {"a.1": entry(awake), "b.2": entry(asleep, S.ASLEEP, asleep=2)}
+    found = sort_out([awake, asleep], journal, bench.configured())
+    assert set(found.adopted) == {Adoption(awake, 6, True), Adoption(asleep, 6, True, asleep=2)} and not found.strays
+
+
+@pytest.mark.parametrize("state", [S.DRAINING, S.WAKING, S.STOPPING])
+def test_what_was_neither_asleep_nor_awake_is_a_stray(bench: Bench, state: InstanceState) -> None:
+    """Nobody knows how far its sleeping or waking went."""
+    running = living(bench)
+    found = sort_out([running], {"a.1": entry(running, state, asleep=1)}, bench.configured())
+    assert found.strays == (Stray(running, "it was falling asleep or waking"),)
+
+
 def strange(bench: Bench, model: str = "a", born: float = 1.0, **fields: Any) -> Running:
     """Return an instance that somebody else has started in a container."""
     return living(bench, f"foreign.{model}", model, pid=0, born=born, container="c0ffee", **fields)

@@ -151,7 +151,7 @@ async def test_a_file_of_the_first_version_is_carried_over(tmp_path: Path) -> No
     await store.close()
     store, journal = await opened(path)
     assert journal.entries["a.1"].container == "c0ffee"
-    assert await store.read("pragma user_version") == [(2,)]
+    assert await store.read("pragma user_version") == [(3,)]
     await store.close()
 
 
@@ -163,6 +163,21 @@ async def test_a_step_that_failed_half_way_is_taken_again(tmp_path: Path) -> Non
         db.executescript("begin; alter table instances add column container text not null default '';")
     store, journal = await opened(path)
     assert "a.1" in journal.entries and not set_aside(tmp_path)
+    await store.close()
+
+
+async def test_a_sleep_is_noted_before_it_begins_and_after_it_has_ended(tmp_path: Path) -> None:
+    """So that the next orchestrator takes nothing that is half asleep for awake."""
+    store, journal = await opened(tmp_path / "db")
+    await journal.intend("a.1", "a", "digest", ADDRESS)
+    await journal.lay_down("a.1", 2)
+    await journal.lay_down("unknown", 2)
+    journal.moved("a.1", InstanceState.ASLEEP)
+    assert await store.read("select asleep from instances") == [(2,)]
+    journal.woke("a.1")
+    await store.close()
+    store, journal = await opened(tmp_path / "db")
+    assert journal.entries["a.1"].asleep == 0
     await store.close()
 
 

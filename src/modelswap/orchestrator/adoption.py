@@ -20,13 +20,15 @@ _TAKEN_UP: Final = frozenset({InstanceState.STARTING, *_OPENED})
 class Adoption(msgspec.Struct, frozen=True):
     """A living instance to go on with. ``ready``: it had been opened; otherwise its start is taken up.
 
-    ``foreign``: somebody else has started it, and no orchestrator has known of it yet.
+    ``foreign``: somebody else has started it, and no orchestrator has known of it yet. ``asleep``: the level that it
+    sleeps at, 0 if it is awake.
     """
 
     running: Running
     slots: int
     ready: bool
     foreign: bool = False
+    asleep: int = 0
 
 
 class Stray(msgspec.Struct, frozen=True):
@@ -66,11 +68,14 @@ def sort_out(
             strays.append(Stray(running, reason, strange))
             continue
         model = configured.config.models[running.model]
-        ready = entry is not None and entry.state in _OPENED
+        asleep = entry.asleep if entry is not None else 0
+        ready = entry is not None and (entry.state in _OPENED or asleep > 0)
         known = entry.slots if entry is not None else 0
         slots = model.concurrency or known or configured.engines[running.model].slots(model)
-        place = "the device" if model.device == "gpu" else f"model {running.model}"
-        places.setdefault(place, []).append(Adoption(running, slots, ready, foreign=entry is None))
+        beside = model.device != "gpu" or asleep > 0
+        place = f"model {running.model}" if beside else "the device"
+        found = Adoption(running, slots, ready, foreign=entry is None, asleep=asleep)
+        places.setdefault(place, []).append(found)
     adopted: list[Adoption] = []
     for place, candidates in places.items():
         candidates.sort(key=_rank, reverse=True)
@@ -95,7 +100,10 @@ def _no_place(running: Running, entry: Entry | None, configured: Configured, *, 
         return "its model's definition has changed"
     if entry is None:
         return None
-    if entry.state not in _TAKEN_UP:
+    if entry.asleep:
+        if entry.state is not InstanceState.ASLEEP:
+            return "it was falling asleep or waking"
+    elif entry.state not in _TAKEN_UP:
         return f"it was {entry.state}"
     if entry.container and (entry.container, entry.born) != (running.container, running.born):
         return "its container isn't the one in the journal, or was started again"

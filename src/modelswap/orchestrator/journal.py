@@ -12,16 +12,21 @@ from modelswap.engines.base import Address
 from modelswap.orchestrator.store import Statement, Store
 from modelswap.runtimes.base import Running
 
-_READ: Final = "select instance, model, definition, host, port, slots, state, pid, born, container from instances"
+_READ: Final = (
+    "select instance, model, definition, host, port, slots, state, pid, born, container, asleep from instances"
+)
 _PUT: Final = (
     "insert or replace into instances "
-    "(instance, model, definition, host, port, slots, state, pid, born, container, updated) "
-    "values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "(instance, model, definition, host, port, slots, state, pid, born, container, updated, asleep) "
+    "values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """An instance as the journal knows it; ``pid`` or ``container`` is known once it has been started."""
+    """An instance as the journal knows it; ``pid`` or ``container`` is known once it has been started.
+
+    ``asleep`` is the level that it sleeps at, or is being put to sleep or woken from (its state tells); 0: it is awake.
+    """
 
     instance: str
     model: str
@@ -32,10 +37,11 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     pid: int = 0
     born: float = 0.0
     container: str = ""
+    asleep: int = 0
 
 
 class Journal:
-    """Instances and gateways, in memory and in the store. Only `intend` waits until the store has it."""
+    """Instances and gateways, in memory and in the store. `intend` and `lay_down` wait until the store has it."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -49,7 +55,7 @@ class Journal:
         before = int(rows[0][0]) if rows and str(rows[0][0]).isdigit() else 0
         generation = max(before + 1, time.time_ns() // 1_000_000)
         for row in await self._store.read(_READ):
-            instance, model, definition, host, port, slots, state, pid, born, container = row
+            instance, model, definition, host, port, slots, state, pid, born, container, asleep = row
             if state in list(InstanceState):
                 self._entries[instance] = Entry(
                     instance=instance,
@@ -61,6 +67,7 @@ class Journal:
                     pid=pid,
                     born=born,
                     container=container,
+                    asleep=asleep,
                 )
         self._gateways = {row[0] for row in await self._store.read("select gateway from gateways")}
         self._unheard = set(self._gateways)
@@ -110,6 +117,17 @@ class Journal:
     def opened(self, instance: str, slots: int) -> None:
         """Note how many requests a healthy instance runs at once."""
         self._change(instance, slots=slots)
+
+    async def lay_down(self, instance: str, level: int) -> None:
+        """Note that an instance is about to be put to sleep; returns when that would survive our death."""
+        entry = self._entries.get(instance)
+        if entry is not None:
+            self._entries[instance] = msgspec.structs.replace(entry, asleep=level)
+            await self._store.write(_row(self._entries[instance]))
+
+    def woke(self, instance: str) -> None:
+        """Note that an instance is wide awake again."""
+        self._change(instance, asleep=0)
 
     def moved(self, instance: str, state: InstanceState) -> None:
         """Note an instance's new state; it is forgotten when it is absent."""
@@ -162,7 +180,16 @@ class Journal:
 def _row(entry: Entry) -> Statement:
     address = entry.address
     identity = (entry.instance, entry.model, entry.definition, address.host, address.port)
-    return _PUT, (*identity, entry.slots, str(entry.state), entry.pid, entry.born, entry.container, time.time())
+    return _PUT, (
+        *identity,
+        entry.slots,
+        str(entry.state),
+        entry.pid,
+        entry.born,
+        entry.container,
+        time.time(),
+        entry.asleep,
+    )
 
 
 def _gateway_row(gateway: str) -> Statement:

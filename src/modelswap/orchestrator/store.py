@@ -26,23 +26,27 @@ _REMEDIES: Final = {
     sqlite3.SQLITE_BUSY: "another program has locked it",
 }
 
-_VERSION: Final = 2
+_VERSION: Final = 3
 _SCHEMA: Final = """
 create table if not exists meta (key text primary key, value text not null);
 create table if not exists instances (
     instance text primary key, model text not null, definition text not null, host text not null, port integer not null,
     slots integer not null, state text not null, pid integer not null, born real not null, updated real not null,
-    container text not null default '');
+    container text not null default '', asleep integer not null default 0);
 create table if not exists gateways (gateway text primary key, seen real not null);
 create table if not exists swaps (
     id integer primary key autoincrement, at real not null, record text not null);
 create table if not exists timings (
     model text not null, mechanism text not null, count integer not null, mean real not null, last real not null,
     primary key (model, mechanism));
+create table if not exists measurements (
+    model text not null, mechanism text not null, record text not null, primary key (model, mechanism));
 """
 _STEPS: Final = {
     # Instances in containers.
     1: "alter table instances add column container text not null default ''",
+    # Instances that sleep.
+    2: "alter table instances add column asleep integer not null default 0",
 }
 """How a file of an earlier version becomes one of the next."""
 
