@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import aiodocker
 import aiohttp
 import pytest
 
@@ -92,3 +93,42 @@ async def test_vllm(tmp_path: Path) -> None:
         await swap_there_and_back(stack, "one", "two")
         async with aiohttp.ClientSession() as session:
             assert await answer(session, stack, "uno")
+
+
+@pytest.mark.vllm
+async def test_vllm_in_containers(tmp_path: Path) -> None:
+    """Two managed containers with a real vLLM, mounted into the plain base image (`make test-docker` makes that)."""
+    python, model = os.environ.get("MODELSWAP_VLLM_PYTHON"), os.environ.get("MODELSWAP_VLLM_MODEL")
+    assert python is not None, "name the Python that has vLLM in MODELSWAP_VLLM_PYTHON"
+    assert model is not None, "name a model's folder in MODELSWAP_VLLM_MODEL"
+    [packages] = Path(python).parent.parent.glob("lib/python3.*/site-packages")
+    image = os.environ.get("MODELSWAP_TEST_BASE", "modelswap-base:bookworm")
+    # The CPU build wants this one library of the system's (Debian: libnuma1).
+    numa = next(Path("/usr/lib").glob("*/libnuma.so.1")).resolve()  # noqa: ASYNC240 - a test may look
+    base = {
+        "engine": "vllm",
+        "image": image,
+        "pull": "never",
+        "model": "/models/model",
+        "entrypoint": ["python3", "-m", "vllm.entrypoints.openai.api_server"],
+        "volumes": [f"{packages}:/packages:ro", f"{model}:/models/model:ro", f"{numa}:/usr/lib/libnuma.so.1:ro"],
+        "env": {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": "/packages"},
+    }
+    models = {
+        "one": {**base, "args": ["--enforce-eager", "--max-model-len", 2048], "aliases": ["uno"]},
+        "two": {**base, "args": ["--enforce-eager", "--max-model-len", 1024]},
+    }
+    async with Stack(tmp_path, models=models) as stack:
+        await swap_there_and_back(stack, "one", "two")
+        async with aiohttp.ClientSession() as session:
+            assert await answer(session, stack, "uno")
+        await remove_containers(stack)
+
+
+async def remove_containers(stack: Stack) -> None:
+    """Stop everything and remove the containers that were made; the images stay."""
+    await stack.stop()
+    owner = (stack.state_dir / "docker" / "id").read_text().strip()
+    async with aiodocker.Docker() as docker:
+        for container in await docker.containers.list(all=True, filters={"label": [f"io.modelswap.owner={owner}"]}):
+            await container.delete(force=True, v=True)
