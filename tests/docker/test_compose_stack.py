@@ -123,6 +123,7 @@ async def test_the_services_are_locked_down(adopted: ComposeStack) -> None:
         assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"]
         assert host["SecurityOpt"] == ["no-new-privileges:true"]
         assert host["RestartPolicy"]["Name"] == "unless-stopped"
+        assert document["RestartCount"] == 0
         published = [each["HostIp"] for ports in document["NetworkSettings"]["Ports"].values() for each in ports or []]
         assert set(published) == {"127.0.0.1"}
 
