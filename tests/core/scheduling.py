@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from modelswap.core import effects, events
 from modelswap.core.facts import DeviceFacts, ModelFacts, Settings
@@ -36,6 +36,11 @@ def model(
     definition: str = "v1",
     priority: int = 0,
     prepare: bool = False,
+    ttl: float | None = None,
+    idle: Literal["sleep", "stop", "keep"] = "sleep",
+    pinned: bool = False,
+    preload: bool = False,
+    demand: int = 1,
 ) -> ModelFacts:
     """A model's facts."""
     return ModelFacts(
@@ -46,6 +51,11 @@ def model(
         priority=priority,
         listing=CatalogModel(name=name),
         prepare=prepare,
+        ttl=ttl,
+        idle=idle,
+        pinned=pinned,
+        preload=preload,
+        demand=demand,
     )
 
 
@@ -184,6 +194,56 @@ class Bench:
             )
         )
 
+    def sleeps(self, *names: str, level: int = 1) -> None:
+        """These models are put out by sleep from now on (``level`` 0: they are stopped again)."""
+        for name in names:
+            self.handle(events.Ways(at=self.now, model=name, definition="v1", level=level))
+
+    def slept(self, name: str) -> list[effects.Effect]:
+        """The engine that is being put to sleep is asleep."""
+        return self.handle(events.Slept(at=self.now, instance=self.instance(name)))
+
+    def sleep_fails(self, name: str) -> list[effects.Effect]:
+        """The engine that is being put to sleep won't."""
+        return self.handle(events.SleepFailed(at=self.now, instance=self.instance(name), message="it hangs"))
+
+    def wake(self, name: str) -> list[effects.Effect]:
+        """The engine that is being woken is healthy."""
+        return self.handle(
+            events.BroughtIn(
+                at=self.now,
+                instance=self.instance(name),
+                host="127.0.0.1",
+                port=9000,
+                slots=4,
+                mechanism="wake",
+            )
+        )
+
+    def wake_fails(self, name: str) -> list[effects.Effect]:
+        """The engine that is being woken could not be, and has been ended."""
+        return self.handle(events.WakeFailed(at=self.now, instance=self.instance(name), message="out of memory"))
+
+    def drop_sleeper(self, name: str) -> list[effects.Effect]:
+        """A sleeper isn't worth its memory."""
+        return self.handle(events.DropSleeper(at=self.now, instance=self.instance(name), reason="memory is short"))
+
+    def die(self, name: str) -> list[effects.Effect]:
+        """A model's engine ends by itself."""
+        return self.handle(events.Died(at=self.now, instance=self.instance(name), message="exited with status 1"))
+
+    def unload(self, name: str | None, request: int = 1) -> list[effects.Effect]:
+        """An operator has a model unloaded."""
+        return self.handle(events.Unload(at=self.now, request=request, model=name))
+
+    def ensure(self, name: str, request: int = 1) -> list[effects.Effect]:
+        """An operator asks for a model."""
+        return self.handle(events.Ensure(at=self.now, request=request, model=name))
+
+    def pin(self, name: str | None, pinned: bool = True) -> list[effects.Effect]:
+        """An operator pins a model, or releases it."""
+        return self.handle(events.Pin(at=self.now, model=name, pinned=pinned))
+
     def prepared(self, name: str, definition: str = "v1") -> list[effects.Effect]:
         """A model is prepared."""
         return self.handle(events.Prepared(at=self.now, model=name, definition=definition))
@@ -231,6 +291,20 @@ class Bench:
         self.come_in(name)
         self.admit(ticket, name, gateway)
         self.usage(name, 0, gateway)
+        self.out.clear()
+
+    def lull(self, name: str, other: str) -> None:
+        """Swap from ``name``, which falls asleep, to ``other``, which serves one request and is idle then."""
+        self.sleeps(name)
+        self.reside(name, 801)
+        self.want(other, 802)
+        self.after(5)
+        self.drained(name)
+        self.slept(name)
+        self.released()
+        self.come_in(other)
+        self.admit(802, other)
+        self.usage(other, 0)
         self.out.clear()
 
     # ── views ────────────────────────────────────────────────────────────────────────────────────────────

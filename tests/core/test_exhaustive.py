@@ -91,6 +91,46 @@ def test_every_interleaving_with_preparing(fault: str | None) -> None:
     assert found.rests > 5
 
 
+def world_with_a_sleeper(budget: Budget, gateways: tuple[str, ...]) -> Stepped:
+    """Return a world in which a sleeps and b is resident and idle; a request for a has been made."""
+    models = (model("a"), model("b"))
+    world = Stepped(Setup(models=models, gateways=gateways, settings=TIMELESS, terse=True, sleeping=("a", "b")), budget)
+    begin(world)
+    for name in ("a", "b"):
+        world.system.request("g0", name)
+        begin(world)
+    (sleeper,) = world.system.machine.find(lambda engine: not engine.holding)
+    assert sleeper.model == "a"
+    world.do(("ask", "g0", "a"))
+    return world
+
+
+@pytest.mark.parametrize(
+    ("asks", "gateways", "faults"),
+    [
+        pytest.param(3, ("g0",), (), id="3 tickets"),
+        pytest.param(2, ("g0", "g1"), (), id="2 gateways"),
+        pytest.param(2, ("g0",), ("failures",), id="sleep or waking fails"),
+        pytest.param(1, ("g0",), ("failures", "sleeper_drops"), id="that, and a sleeper is dropped"),
+        pytest.param(2, ("g0",), ("engine_deaths",), id="an engine dies"),
+        pytest.param(2, ("g0",), ("drops",), id="a connection drops"),
+        pytest.param(1, ("g0", "g1"), ("drops",), id="a connection of two drops"),
+        pytest.param(2, ("g0",), ("restarts",), id="the orchestrator is killed"),
+        pytest.param(2, ("g0",), ("commands",), id="an operator's command"),
+        pytest.param(1, ("g0", "g1"), ("gateway_deaths",), id="a gateway dies"),
+    ],
+)
+def test_every_interleaving_with_sleepers(asks: int, gateways: tuple[str, ...], faults: tuple[str, ...]) -> None:
+    """The same where models sleep and are woken: also when that fails, or a sleeper is dropped or dies."""
+    budget = Budget(asks=asks)
+    for fault in faults:
+        setattr(budget, fault, 1)
+    world = world_with_a_sleeper(budget, gateways)
+    found = explore(world)
+    assert found.states > 200
+    assert found.rests > 3
+
+
 class _Stubborn:
     """Never leaves."""
 

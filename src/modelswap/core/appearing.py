@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from modelswap.core import effects, events, swapping
-from modelswap.core.states import HOLDING, InstanceState
+from modelswap.core.states import InstanceState
 from modelswap.core.world import ModelRecord, World
 
 
@@ -40,7 +40,7 @@ def _decide(world: World, event: events.Appeared) -> None:
     if reason or model is None:
         world.emit(effects.TurnAway(instance=event.instance, model=event.model, reason=reason))
         if model is not None:
-            swapping.visited(world, world.devices[model.device], model)
+            swapping.visited(world, world.devices[model.device], model.facts.name, model.facts.demand)
         return
     device = world.devices[model.device]
     model.backoff = None
@@ -68,6 +68,6 @@ def _objection(world: World, model: ModelRecord | None, event: events.Appeared) 
     if instance is not None and instance.state is not InstanceState.FAILED:
         return f"another instance of {event.model} is {instance.state}"
     if world.room(device) + device.dirty < model.facts.demand:
-        holders = sorted({i.model for i in world.on_device(device.name) if i.state in HOLDING})
+        holders = sorted({i.model for i in world.on_device(device.name) if i.holds})
         return f"{device.name} is held by {', '.join(holders)}" if holders else f"{device.name} has too little room"
     return ""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from modelswap.core import preparing
+from modelswap.core import preparing, sleeping
 from modelswap.core.line import ADMIN
-from modelswap.core.states import HOLDING, InstanceState, Preparedness
+from modelswap.core.states import InstanceState, Preparedness
 from modelswap.core.swap import Phase
 from modelswap.core.world import DeviceRecord, Instance, World
+
+_COMING = frozenset({InstanceState.STARTING, InstanceState.WAKING})
+_SLEEPING = frozenset({InstanceState.ASLEEP, InstanceState.STOPPING})
 
 
 def check(world: World) -> None:
@@ -15,8 +18,10 @@ def check(world: World) -> None:
         _memory(world, device)
         _swap(world, device)
         _preparation(world, device)
+        _one_mover(world, device)
     for instance in world.instances.values():
         _instance(world, instance)
+        _sleep(instance)
         _slots(instance)
         _leases(world, instance)
     _tickets(world)
@@ -28,9 +33,9 @@ def _claim(held: bool, message: str) -> None:
 
 
 def _memory(world: World, device: DeviceRecord) -> None:
-    held = sum(i.demand for i in world.on_device(device.name) if i.state in HOLDING)
+    held = sum(i.demand for i in world.on_device(device.name) if i.holds)
     _claim(held <= device.facts.capacity, f"{device.name}: {held} held of {device.facts.capacity}")
-    starting = [i for i in world.on_device(device.name) if i.state in (InstanceState.STARTING, InstanceState.WAKING)]
+    starting = [i for i in world.on_device(device.name) if i.state in _COMING]
     if starting and not device.private:
         _claim(held + device.dirty <= device.facts.capacity, f"{device.name}: a start before its memory was free")
 
@@ -44,19 +49,38 @@ def _swap(world: World, device: DeviceRecord) -> None:
     if swap.phase is Phase.IN:
         _claim(swap.instance in world.instances, f"{device.name}: nothing is being brought in")
     else:
-        starting = [i.id for i in world.on_device(device.name) if i.state is InstanceState.STARTING]
-        _claim(not starting, f"{device.name}: {starting} start in phase {swap.phase}")
+        starting = [i.id for i in world.on_device(device.name) if i.state in _COMING]
+        _claim(not starting, f"{device.name}: {starting} come in in phase {swap.phase}")
 
 
 def _preparation(world: World, device: DeviceRecord) -> None:
     swap = device.swap
     if swap is not None and swap.target is not None and swap.phase is not Phase.IN:
-        _claim(world.models[swap.target].prepared, f"{device.name}: a swap to {swap.target}, which isn't prepared")
+        ready = world.models[swap.target].prepared or sleeping.wakeable(world, swap.target)
+        _claim(ready, f"{device.name}: a swap to {swap.target}, which isn't prepared")
     for instance in world.on_device(device.name):
         model = world.models.get(instance.model)
         ours = instance.state is InstanceState.STARTING and not instance.adopted
         if ours and model is not None and model.facts.definition == instance.definition:
             _claim(model.prepared, f"{instance.id} starts, but isn't prepared")
+
+
+def _one_mover(world: World, device: DeviceRecord) -> None:
+    """See that nobody takes memory while an engine falls asleep, which goes by what it sees to be free."""
+    falling = [i.id for i in world.on_device(device.name) if i.falling]
+    coming = [i.id for i in world.on_device(device.name) if i.state in _COMING]
+    _claim(not falling or not coming, f"{device.name}: {falling} fall asleep while {coming} come in")
+
+
+def _sleep(instance: Instance) -> None:
+    state = instance.state
+    _claim(bool(instance.asleep) >= (state is InstanceState.ASLEEP), f"{instance.id} is asleep at no level")
+    _claim(not instance.asleep or state in _SLEEPING, f"{instance.id} sleeps, but is {state}")
+    _claim(not instance.falling or state is InstanceState.DRAINING, f"{instance.id} falls asleep while {state}")
+    if instance.asleep or instance.falling:
+        _claim(not instance.leases and instance.epoch is None, f"{instance.id} sleeps, or is about to, with leases")
+        _claim(not instance.holds or bool(instance.falling), f"{instance.id} sleeps and holds its device")
+    _claim(state is not InstanceState.WAKING or instance.holds, f"{instance.id} wakes without holding its device")
 
 
 def _instance(world: World, instance: Instance) -> None:

@@ -24,9 +24,13 @@ from modelswap.protocol.messages import (
     Usage,
 )
 
+_COMING = frozenset({InstanceState.STARTING, InstanceState.WAKING})
+
 
 def hello(world: World, gateway: str, message: Hello) -> None:
     """Replace all that was known of this gateway by what it says, and tell it what holds."""
+    for instance in world.instances.values():
+        instance.strays.discard(gateway)
     _drop(world, gateway)  # its slots are given to nobody before it has said what runs in them
     world.gateways[gateway] = GatewayRecord(heard=world.now)
     world.expected.discard(gateway)
@@ -47,7 +51,9 @@ def hello(world: World, gateway: str, message: Hello) -> None:
 
 def _resume(world: World, gateway: str, held: HeldLease) -> None:
     instance = world.instance_of(held.model)
-    if instance is None or instance.gone or instance.state is InstanceState.STARTING:
+    if instance is not None and (instance.asleep or instance.falling):
+        instance.strays.add(gateway)
+    if instance is None or instance.gone or instance.asleep or instance.falling or instance.state in _COMING:
         world.say(gateway, Close(model=held.model, epoch=held.epoch))
         world.fences.add((gateway, held.epoch))
         return
@@ -93,6 +99,9 @@ def overslept(world: World) -> None:
 def forget_gateway(world: World, gateway: str) -> None:
     """Take back everything a gateway had: its connection is closed, or it has been silent for a term."""
     if gateway in world.gateways:
+        for instance in world.instances.values():
+            if any(key[0] == gateway for key in instance.leases):
+                instance.strays.add(gateway)
         _drop(world, gateway)
         for instance in world.instances.values():
             if instance.resident:
@@ -341,10 +350,11 @@ def _stage(world: World, name: str) -> tuple[str, float | None, float | None]:
             return model.preparation.stage or "preparing", model.preparation.fraction, None
         return "queued", None, None
     expected = model.swap_time.value
-    if instance is not None and instance.state is InstanceState.STARTING:
-        load = model.load_time.value
+    if instance is not None and instance.state in _COMING:
+        wakes = instance.state is InstanceState.WAKING
+        load = (model.wake_time if wakes else model.load_time).value
         eta = None if load is None else max(load - (world.now - instance.since), 0.0)
-        return instance.stage or "loading", instance.fraction, eta
+        return instance.stage or ("waking" if wakes else "loading"), instance.fraction, eta
     return str(swap.phase), None, expected
 
 

@@ -9,7 +9,7 @@ from modelswap.core import effects, events, swapping
 from modelswap.core.states import InstanceState, Preparedness
 from modelswap.core.world import ModelRecord, Preparation, World
 
-_SERVES = frozenset({InstanceState.STARTING, InstanceState.READY})
+_SERVES = frozenset({InstanceState.STARTING, InstanceState.READY, InstanceState.ASLEEP, InstanceState.WAKING})
 
 
 def begin(world: World) -> None:
@@ -24,7 +24,7 @@ def begin(world: World) -> None:
 
 
 def serves(world: World, model: ModelRecord) -> bool:
-    """Return whether an instance of this very model (adopted, or started by hand) runs or comes in unprepared."""
+    """Return whether an instance of this very model (adopted, started by hand, asleep) runs or comes in unprepared."""
     instance = world.instance_of(model.facts.name)
     return instance is not None and instance.state in _SERVES and instance.definition == model.facts.definition
 

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from modelswap.core import appearing, effects, events, invariants, leasing, preparing, swapping, views, waiting
+from modelswap.core import (
+    appearing,
+    effects,
+    events,
+    idling,
+    invariants,
+    leasing,
+    pinning,
+    preparing,
+    sleeping,
+    swapping,
+    views,
+    waiting,
+)
 from modelswap.core.estimates import Average
 from modelswap.core.facts import DeviceFacts
 from modelswap.core.policy import GateFloor, Policy
@@ -36,6 +49,11 @@ class Scheduler:
             events.BringInStage: self._bring_in_stage,
             events.BroughtIn: self._brought_in,
             events.BringInFailed: self._bring_in_failed,
+            events.Ways: self._ways,
+            events.Slept: self._slept,
+            events.SleepFailed: self._sleep_failed,
+            events.WakeFailed: self._wake_failed,
+            events.DropSleeper: self._drop_sleeper,
             events.PrepareStage: self._prepare_stage,
             events.Prepared: self._prepared,
             events.PrepareFailed: self._prepare_failed,
@@ -48,6 +66,7 @@ class Scheduler:
             events.Probed: self._probed,
             events.Ensure: self._ensure,
             events.Unload: self._unload,
+            events.Pin: self._pin,
             events.Withdraw: self._withdraw,
             events.Tick: self._tick,
             events.Shutdown: self._shutdown,
@@ -111,7 +130,10 @@ class Scheduler:
             old = before.get(facts.name)
             slots_before = old.facts.slots if old is not None else 0
             model = ModelRecord(facts=facts, device=name, swap_time=Average(facts.swap_seconds))
+            if old is not None and old.facts.pinned == facts.pinned:
+                model.pin = old.pin
             if old is not None and old.facts.definition == facts.definition:
+                old.pin = model.pin
                 old.facts, old.device, model = facts, name, old
             world.models[facts.name] = model
             instance = world.instance_of(facts.name)
@@ -142,7 +164,10 @@ class Scheduler:
         instance = world.add_instance(world.models[event.model], event.instance)
         instance.definition, instance.adopted = event.definition, True
         instance.host, instance.port, instance.slots = event.host, event.port, event.slots
-        if event.ready:
+        if event.asleep:
+            world.transition(instance, InstanceState.ASLEEP, "adopted asleep")
+            instance.asleep = event.asleep
+        elif event.ready:
             world.transition(instance, InstanceState.READY, "adopted")
             instance.ready_at = world.now
         else:
@@ -198,18 +223,20 @@ class Scheduler:
 
     def _bring_in_stage(self, event: events.BringInStage) -> None:
         instance = self._world.instances.get(event.instance)
-        if instance is not None and instance.state is InstanceState.STARTING:
+        if instance is not None and instance.state in (InstanceState.STARTING, InstanceState.WAKING):
             instance.stage, instance.fraction = event.stage, event.fraction
 
     def _brought_in(self, event: events.BroughtIn) -> None:
-        instance = self._in(event.instance, InstanceState.STARTING)
+        instance = self._in(event.instance, InstanceState.STARTING, InstanceState.WAKING)
         if instance is not None:
             instance.host, instance.port, instance.slots = event.host, event.port, event.slots
-            swapping.brought_in(self._world, instance)
+            swapping.brought_in(self._world, instance, event.mechanism)
 
     def _bring_in_failed(self, event: events.BringInFailed) -> None:
-        instance = self._in(event.instance, InstanceState.STARTING)
-        if instance is not None:
+        instance = self._in(event.instance, InstanceState.STARTING, InstanceState.WAKING)
+        if instance is not None and instance.state is InstanceState.WAKING:
+            swapping.wake_failed(self._world, instance, event.message)
+        elif instance is not None:
             swapping.bring_in_failed(
                 self._world,
                 instance,
@@ -219,6 +246,31 @@ class Scheduler:
                 killed=event.killed,
                 unprepared=event.unprepared,
             )
+
+    def _ways(self, event: events.Ways) -> None:
+        model = self._world.models.get(event.model)
+        if model is not None and model.facts.definition == event.definition:
+            model.way, model.failed_wakes = event.level, 0
+
+    def _slept(self, event: events.Slept) -> None:
+        instance = self._in(event.instance, InstanceState.DRAINING)
+        if instance is not None and instance.falling:
+            sleeping.slept(self._world, instance)
+
+    def _sleep_failed(self, event: events.SleepFailed) -> None:
+        instance = self._in(event.instance, InstanceState.DRAINING)
+        if instance is not None and instance.falling:
+            sleeping.failed(self._world, instance, event.message)
+
+    def _wake_failed(self, event: events.WakeFailed) -> None:
+        instance = self._in(event.instance, InstanceState.WAKING)
+        if instance is not None:
+            swapping.wake_failed(self._world, instance, event.message)
+
+    def _drop_sleeper(self, event: events.DropSleeper) -> None:
+        instance = self._in(event.instance, InstanceState.ASLEEP)
+        if instance is not None:
+            sleeping.drop(self._world, instance, event.reason)
 
     def _prepare_stage(self, event: events.PrepareStage) -> None:
         preparing.stage(self._world, event)
@@ -234,7 +286,7 @@ class Scheduler:
         self._world.appeared[event.instance] = event
 
     def _died(self, event: events.Died) -> None:
-        instance = self._in(event.instance, InstanceState.READY, InstanceState.DRAINING)
+        instance = self._in(event.instance, InstanceState.READY, InstanceState.DRAINING, InstanceState.ASLEEP)
         if instance is not None:
             swapping.died(self._world, instance, event.message)
 
@@ -244,7 +296,7 @@ class Scheduler:
             swapping.put_out(self._world, instance)
 
     def _put_out_failed(self, event: events.PutOutFailed) -> None:
-        instance = self._in(event.instance, InstanceState.STOPPING, InstanceState.STARTING)
+        instance = self._in(event.instance, InstanceState.STOPPING, InstanceState.STARTING, InstanceState.WAKING)
         if instance is not None:
             swapping.put_out_failed(self._world, instance, event.message)
 
@@ -276,6 +328,9 @@ class Scheduler:
         world = self._world
         world.unloads[event.request] = Request(id=event.request, model=event.model, began=world.now)
 
+    def _pin(self, event: events.Pin) -> None:
+        pinning.pin(self._world, event.model, event.pinned)
+
     def _withdraw(self, event: events.Withdraw) -> None:
         waiting.withdraw(self._world, event.request)
 
@@ -291,7 +346,7 @@ class Scheduler:
             if device.swap is not None:
                 device.swap.target = None
         for instance in list(world.instances.values()):
-            if instance.state is InstanceState.STARTING:
+            if instance.state in (InstanceState.STARTING, InstanceState.WAKING):
                 swapping.cancel_start(world, instance)
             elif event.now:
                 swapping.stop_at_once(world, instance)
@@ -307,6 +362,7 @@ class Scheduler:
             self._open_adopted()
         for instance in [i for i in world.instances.values() if i.gone]:
             swapping.settle(world, instance)
+        sleeping.drop_unwanted(world)
         appearing.decide(world)
         for device in list(world.devices.values()):
             swapping.advance(world, device)
@@ -347,11 +403,15 @@ class Scheduler:
         world.begin_deadline = None
         for instance in list(world.instances.values()):
             if instance.state is InstanceState.READY:
+                instance.strays |= world.expected
                 leasing.open_instance(world, instance)
                 world.emit(effects.Watch(instance=instance.id, model=instance.model))
                 waiting.answer_ensures(world, instance, "resident", None)
             elif instance.state is InstanceState.STARTING:
                 swapping.adopt_start(world, instance)
+            elif instance.state is InstanceState.ASLEEP:
+                sleeping.watch(world, instance)
+        idling.preload(world)
 
     def _answer_unloads(self) -> None:
         world = self._world

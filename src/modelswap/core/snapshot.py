@@ -9,7 +9,7 @@ from modelswap.core.swap import Phase
 
 
 class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
-    """One instance."""
+    """One instance; ``asleep`` is the level at which it sleeps, 0 if it doesn't."""
 
     instance: str
     model: str
@@ -24,12 +24,14 @@ class InstanceView(msgspec.Struct, frozen=True, kw_only=True):
     state_age: float
     stage: str = ""
     fraction: float | None = None
+    asleep: int = 0
 
 
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     """One configured model; ``swap_seconds`` is the moving average of bringing it in, once measured.
 
     ``prepare_stage`` and ``prepare_fraction`` (0..1, where it can be known) tell how far its ``preparation`` is.
+    ``sleep_level`` is the level at which it will be put to sleep, 0 if it will be stopped.
     """
 
     name: str
@@ -46,10 +48,12 @@ class ModelView(msgspec.Struct, frozen=True, kw_only=True):
     preparation: Preparedness = Preparedness.DONE
     prepare_stage: str = ""
     prepare_fraction: float | None = None
+    sleep_level: int = 0
+    pinned: bool = False
 
 
 class DeviceView(msgspec.Struct, frozen=True, kw_only=True):
-    """One device; ``problem`` says why it takes no swaps now."""
+    """One device; ``problem`` says why it takes no swaps now, ``asleep`` which models sleep there."""
 
     name: str
     capacity: int
@@ -57,6 +61,7 @@ class DeviceView(msgspec.Struct, frozen=True, kw_only=True):
     unverified: int
     resident: str | None
     problem: str = ""
+    asleep: tuple[str, ...] = ()
 
 
 class SwapView(msgspec.Struct, frozen=True, kw_only=True):

@@ -25,7 +25,7 @@ class InstanceState(StrEnum):
 _S = InstanceState
 
 TRANSITIONS: Final[dict[InstanceState, frozenset[InstanceState]]] = {
-    _S.ABSENT: frozenset({_S.STARTING, _S.READY}),  # straight to ready: adopted from an earlier orchestrator
+    _S.ABSENT: frozenset({_S.STARTING, _S.READY, _S.ASLEEP}),  # the latter two: adopted from an earlier orchestrator
     _S.STARTING: frozenset({_S.READY, _S.STOPPING, _S.FAILED}),
     _S.READY: frozenset({_S.DRAINING, _S.STOPPING}),
     _S.DRAINING: frozenset({_S.READY, _S.ASLEEP, _S.STOPPING}),
@@ -36,7 +36,7 @@ TRANSITIONS: Final[dict[InstanceState, frozenset[InstanceState]]] = {
 }
 
 HOLDING: Final = frozenset({_S.STARTING, _S.READY, _S.DRAINING, _S.WAKING, _S.STOPPING})
-"""States in which an instance counts in full against its device's memory."""
+"""States in which an instance counts in full against its device's memory (except one that is stopped asleep)."""
 
 
 class Preparedness(StrEnum):

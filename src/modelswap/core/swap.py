@@ -62,6 +62,12 @@ class Swap:
     """The instance being brought in, once there is one."""
     aborted: bool = False
     """Running requests have been told to end, because draining took too long."""
+    idle: bool = False
+    """Nobody waits: the source had nothing to do for its time to live."""
+    mechanism: str = "cold"
+    """How the target comes in."""
+    out: str = ""
+    """How the source was put out, once it is."""
 
     def enter(self, phase: Phase, now: float) -> None:
         """Go on to ``phase``, noting how long the one before took."""
@@ -76,10 +82,11 @@ class Swap:
             device=self.device,
             source=self.source,
             target=self.target,
-            mechanism="cold" if self.target is not None else "stop",
+            mechanism=self.mechanism if self.target is not None else self.out or "stop",
             outcome=outcome,
             seconds=now - self.began,
             queue=self.queue,
             phases=dict(self.phases),
             message=message,
+            out=self.out,
         )

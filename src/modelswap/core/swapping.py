@@ -5,7 +5,7 @@ One swap at a time per device. `decide` begins one, `advance` carries it on afte
 
 from __future__ import annotations
 
-from modelswap.core import effects, leasing, waiting
+from modelswap.core import effects, idling, leasing, pinning, sleeping, waiting
 from modelswap.core.policy import Policy, Residency
 from modelswap.core.states import InstanceState
 from modelswap.core.swap import Phase, Swap, SwapOutcome
@@ -23,13 +23,16 @@ def decide(world: World, device: DeviceRecord, policy: Policy) -> None:
     here = list(world.on_device(device.name))
     if any(instance.state is not _READY for instance in here):
         return  # one that died is being cleared away
-    outdated = [i for i in here if world.shutting_down or _outdated(world, i) or _to_unload(world, i)]
+    outdated = [i for i in here if sleeping.unwanted(world, i)]
     if outdated:
         _begin(world, device, None, outdated, queue=0.0)
         return
+    idling.settle_line(world, device)
     contender = waiting.contender(world, device)
     for instance in here:
         leasing.set_contended(world, instance, contended=contender is not None)
+    if contender is None:
+        _retire(world, device, here)
     if contender is None or device.stuck or device.blocked:
         return
     model = world.models[contender.model]
@@ -37,7 +40,8 @@ def decide(world: World, device: DeviceRecord, policy: Policy) -> None:
     if world.room(device) + device.dirty >= model.facts.demand:
         _begin(world, device, contender.model, [], queue)
         return
-    for instance in here:
+    leaving = pinning.victims(world, device, here, model.facts.demand)
+    for instance in leaving:
         residency = Residency(
             since=instance.ready_at,
             floor=instance.floor,
@@ -48,7 +52,7 @@ def decide(world: World, device: DeviceRecord, policy: Policy) -> None:
         if not verdict.leave:
             device.reconsider_at = verdict.again_at
             return
-    _begin(world, device, contender.model, here, queue)
+    _begin(world, device, contender.model, leaving, queue)
 
 
 def advance(world: World, device: DeviceRecord) -> None:
@@ -87,24 +91,28 @@ def adopt_start(world: World, instance: Instance) -> None:
     _emit_bring_in(world, instance, adopted=True)
 
 
-def brought_in(world: World, instance: Instance) -> None:
-    """Open an instance that has proved healthy, and end its swap."""
+def brought_in(world: World, instance: Instance, mechanism: str) -> None:
+    """Open an instance that has proved healthy, and end its swap. ``mechanism``: how it was started, if it was."""
     device = world.devices[instance.device]
     swap = device.swap
     model = world.models.get(instance.model)
-    world.transition(instance, _READY, "brought in")
+    woken = instance.state is InstanceState.WAKING
+    if swap is not None:
+        swap.mechanism = "wake" if woken else mechanism
+    world.transition(instance, _READY, "woken" if woken else "brought in")
     instance.stage, instance.fraction = "", None
     if model is not None:
         model.killed_starts = model.unprepared_starts = 0
+        model.failed_wakes = 0 if woken else model.failed_wakes
         model.failures = max(model.early_deaths - world.settings.crashes_forgiven, 0)
     if model is not None and swap is not None and not instance.adopted:
-        model.load_time.add(world.now - swap.phase_began)
+        (model.wake_time if woken else model.load_time).add(world.now - swap.phase_began)
         model.swap_time.add(world.now - swap.began - swap.phases.get(Phase.DRAIN, 0.0))
     leasing.open_instance(world, instance)
     if swap is not None:
         _end(world, device, SwapOutcome.OK)
     world.emit(effects.Watch(instance=instance.id, model=instance.model))
-    waiting.answer_ensures(world, instance, "cold", swap.source if swap is not None else None)
+    waiting.answer_ensures(world, instance, "wake" if woken else mechanism, swap.source if swap is not None else None)
 
 
 def bring_in_failed(
@@ -118,7 +126,7 @@ def bring_in_failed(
     device = world.devices[instance.device]
     device.stuck = ""
     world.transition(instance, InstanceState.FAILED, message.partition("\n")[0])
-    _soil(device, instance)
+    world.soil(instance)
     model = world.models.get(instance.model)
     if model is None or model.facts.definition != instance.definition:
         world.clear_failed(instance)  # which says nothing about the definition that holds now
@@ -128,6 +136,24 @@ def bring_in_failed(
         back_off(world, instance.model, code, message, permanent=permanent)
     else:
         world.clear_failed(instance)
+    _end(world, device, SwapOutcome.FAILED, message)
+
+
+def wake_failed(world: World, instance: Instance, message: str) -> None:
+    """Keep the waiters of a model whose sleeper couldn't be woken: the next try is a start.
+
+    After more than ``wakes_forgiven`` in a row it doesn't sleep any more.
+    """
+    device = world.devices[instance.device]
+    device.stuck = ""
+    world.transition(instance, InstanceState.FAILED, message.partition("\n")[0])
+    world.soil(instance)
+    world.clear_failed(instance)
+    model = world.models.get(instance.model)
+    if model is not None:
+        model.failed_wakes += 1
+        if model.failed_wakes > world.settings.wakes_forgiven:
+            model.way = model.failed_wakes = 0
     _end(world, device, SwapOutcome.FAILED, message)
 
 
@@ -148,11 +174,12 @@ def back_off(world: World, name: str, code: Code, message: str, *, permanent: bo
 def died(world: World, instance: Instance, message: str) -> None:
     """Clear away an instance that ended by itself or hangs. Its waiters go on waiting for the next one."""
     early = world.now - instance.ready_at < world.settings.crash_window
+    awake = not instance.asleep
     world.transition(instance, InstanceState.STOPPING, message.partition("\n")[0] or "died")
     leasing.close_instance(world, instance)
     world.emit(effects.PutOut(instance=instance.id, model=instance.model, kill=True))
     model = world.models.get(instance.model)
-    if model is None:
+    if model is None or not awake:
         return
     # A few times are bad luck and cost nothing; a model that keeps dying must not evict the others again and again.
     model.early_deaths = model.early_deaths + 1 if early else 0
@@ -171,9 +198,13 @@ def settle(world: World, instance: Instance) -> None:
     """Forget an instance whose processes and leases are gone."""
     if not instance.gone or instance.leases:
         return
+    asleep = instance.asleep
     world.transition(instance, InstanceState.ABSENT, "put out")
     world.remove(instance)
-    _soil(world.devices[instance.device], instance)
+    if asleep:
+        visited(world, world.devices[instance.device], instance.model, instance.demand)
+    else:
+        world.soil(instance)
 
 
 def put_out_failed(world: World, instance: Instance, message: str) -> None:
@@ -195,26 +226,31 @@ def release_failed(world: World, device: DeviceRecord, message: str) -> None:
     _refuse_device(world, device, Code.MEMORY_NOT_RELEASED, message)
 
 
-def visited(world: World, device: DeviceRecord, guest: ModelRecord) -> None:
-    """Note that somebody else's engine may have memory there: it must be seen to be back before the next start."""
+def visited(world: World, device: DeviceRecord, guest: str, demand: int) -> None:
+    """Note that what held no capacity (somebody else's engine, a sleeper) may have left memory there.
+
+    It must be seen to be back before the next start.
+    """
     if device.private:
         return
     before = device.dirty
-    device.dirty += max(min(guest.facts.demand, world.room(device)), 0)
+    device.dirty += max(min(demand, world.room(device)), 0)
     swap = device.swap
     if device.dirty and not before and swap is not None and swap.phase is Phase.RELEASE:
-        _verify(world, device, swap.target or guest.facts.name)
+        _verify(world, device, swap.target or guest)
 
 
 def cancel_start(world: World, instance: Instance) -> None:
-    """Stop an instance that is being started."""
+    """Stop an instance that is being started or woken."""
     world.transition(instance, InstanceState.STOPPING, "no longer wanted")
     world.emit(effects.PutOut(instance=instance.id, model=instance.model))
     _end(world, world.devices[instance.device], SwapOutcome.CANCELLED)
 
 
 def stop_at_once(world: World, instance: Instance) -> None:
-    """Stop a ready or draining instance without waiting for what runs on it."""
+    """Stop a ready, draining or sleeping instance without waiting for what runs on it."""
+    if instance.state is InstanceState.ASLEEP:
+        sleeping.drop(world, instance, "stopped at once", kill=True)
     if instance.state in (_READY, InstanceState.DRAINING):
         world.transition(instance, InstanceState.STOPPING, "stopped at once")
         leasing.close_instance(world, instance, abort=True)
@@ -227,15 +263,6 @@ def stop_at_once(world: World, instance: Instance) -> None:
 def _addressed(world: World) -> bool:
     """Return whether a gateway may still use an address that a new engine could get."""
     return bool(world.doubtful or world.fences) or any(instance.gone for instance in world.instances.values())
-
-
-def _outdated(world: World, instance: Instance) -> bool:
-    model = world.models.get(instance.model)
-    return model is None or model.facts.definition != instance.definition or model.device != instance.device
-
-
-def _to_unload(world: World, instance: Instance) -> bool:
-    return any(request.model in (None, instance.model) for request in world.unloads.values())
 
 
 def _mended(world: World, model: ModelRecord, *, unprepared: bool) -> bool:
@@ -264,10 +291,30 @@ def _new_swap(world: World, device: DeviceRecord, target: str | None, victims: l
     return device.swap
 
 
-def _begin(world: World, device: DeviceRecord, target: str | None, victims: list[Instance], queue: float) -> None:
-    _new_swap(world, device, target, victims, queue)
+def _retire(world: World, device: DeviceRecord, here: list[Instance]) -> None:
+    """Put out the first instance that has been idle for its time to live, or note when one will have been."""
+    for instance in here:
+        due = idling.due(world, instance)
+        if due is not None and world.now >= due:
+            _begin(world, device, None, [instance], queue=0.0, idle=True)
+            return
+        if due is not None:
+            device.reconsider_at = min(due, device.reconsider_at or due)
+
+
+def _begin(
+    world: World,
+    device: DeviceRecord,
+    target: str | None,
+    victims: list[Instance],
+    queue: float,
+    *,
+    idle: bool = False,
+) -> None:
+    _new_swap(world, device, target, victims, queue).idle = idle
     for victim in victims:
-        world.transition(victim, InstanceState.DRAINING, f"swap to {target}" if target else "unload")
+        cause = "idle" if idle else "unload"
+        world.transition(victim, InstanceState.DRAINING, f"swap to {target}" if target else cause)
         leasing.close_instance(world, victim)
     advance(world, device)
 
@@ -278,10 +325,13 @@ def _drain(world: World, device: DeviceRecord, swap: Swap) -> None:
         following = waiting.contender(world, device)
         if following is not None and all(victim.model != following.model for victim in draining):
             swap.target = following.model
-        elif all(victim.state is InstanceState.DRAINING for victim in draining):
+        elif all(_untouched(victim) for victim in draining):
             _open_again(world, device, draining)
             return
         # Else something has been stopped already: the target is chosen anew when the device is free.
+    if swap.idle and draining and all(_untouched(i) and _wanted(world, i) for i in draining):
+        _open_again(world, device, draining)
+        return
     settings = world.settings
     overdue = world.now >= swap.phase_began + settings.drain_timeout
     if settings.abort_on_drain_timeout and overdue and not swap.aborted:
@@ -289,11 +339,26 @@ def _drain(world: World, device: DeviceRecord, swap: Swap) -> None:
         for victim in draining:
             leasing.close_instance(world, victim, abort=True)
     for victim in draining:
-        if victim.state is InstanceState.DRAINING and not victim.leases:
+        if not _untouched(victim) or victim.leases:
+            continue
+        depth = sleeping.level(world, swap, victim)
+        if depth:
+            sleeping.begin(world, victim, depth)
+        else:
             world.transition(victim, InstanceState.STOPPING, "drained")
             world.emit(effects.PutOut(instance=victim.id, model=victim.model))
-    if all(victim.state is InstanceState.STOPPING for victim in draining):
+    if not any(_untouched(victim) for victim in draining):
         swap.enter(Phase.OUT, world.now)
+
+
+def _wanted(world: World, instance: Instance) -> bool:
+    """Return whether somebody waits for an instance that may go on serving."""
+    return world.waiting.line(instance.model).count > 0 and not sleeping.unwanted(world, instance)
+
+
+def _untouched(victim: Instance) -> bool:
+    """Return whether an instance only drains so far: it could be opened again."""
+    return victim.state is InstanceState.DRAINING and not victim.falling
 
 
 def _open_again(world: World, device: DeviceRecord, draining: list[Instance]) -> None:
@@ -308,8 +373,10 @@ def _open_again(world: World, device: DeviceRecord, draining: list[Instance]) ->
 
 
 def _after_out(world: World, device: DeviceRecord, swap: Swap) -> None:
-    if any(victim in world.instances for victim in swap.victims):
+    if any(victim in world.instances and not world.instances[victim].asleep for victim in swap.victims):
         return
+    if swap.victims:
+        swap.out = "sleep" if swap.victims[0] in world.instances else "stop"
     if swap.target is None:
         _end(world, device, SwapOutcome.OK)
         return
@@ -325,6 +392,12 @@ def _bring_in(world: World, device: DeviceRecord, swap: Swap) -> None:
         return
     if swap.target is None or not waiting.eligible(world, device, swap.target):
         swap.target = following.model
+    before = world.instance_of(swap.target)
+    if before is not None and before.state is InstanceState.ASLEEP:
+        _wake(world, swap, before)
+        return
+    if before is not None and before.state is not InstanceState.FAILED:
+        return  # it is still being stopped, in its sleep or on the device where the config had it before
     swap.enter(Phase.IN, world.now)
     world.starts += 1
     instance = world.add_instance(world.models[swap.target], f"{swap.target}.{world.generation}.{world.starts}")
@@ -334,8 +407,17 @@ def _bring_in(world: World, device: DeviceRecord, swap: Swap) -> None:
     world.progress_at = world.now
 
 
+def _wake(world: World, swap: Swap, sleeper: Instance) -> None:
+    swap.enter(Phase.IN, world.now)
+    swap.instance, swap.mechanism = sleeper.id, "wake"
+    depth, sleeper.adopted = sleeper.asleep, False
+    world.transition(sleeper, InstanceState.WAKING, f"swap from {swap.source}" if swap.source else "wanted")
+    world.emit(effects.Wake(instance=sleeper.id, model=sleeper.model, level=depth, definition=sleeper.definition))
+    world.progress_at = world.now
+
+
 def _verify(world: World, device: DeviceRecord, model: str) -> None:
-    holders = tuple(i.id for i in world.on_device(device.name))
+    holders = tuple(i.id for i in (*world.on_device(device.name), *world.sleepers(device.name)))
     world.emit(effects.VerifyReleased(device=device.name, model=model, holders=holders))
 
 
@@ -351,11 +433,6 @@ def _refuse_device(world: World, device: DeviceRecord, code: Code, message: str)
         instance = world.instance_of(name)
         if model is not None and model.device == device.name and not (instance is not None and instance.resident):
             waiting.refuse_model(world, name, code, message)
-
-
-def _soil(device: DeviceRecord, instance: Instance) -> None:
-    if not device.private:
-        device.dirty = min(device.dirty + instance.demand, device.facts.capacity)
 
 
 def _end(world: World, device: DeviceRecord, outcome: SwapOutcome, message: str = "") -> None:

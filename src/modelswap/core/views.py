@@ -69,6 +69,8 @@ def _model(world: World, model: ModelRecord, now: float) -> ModelView:
         preparation=Preparedness.DONE if model.prepared else model.preparation.state,
         prepare_stage=model.preparation.stage,
         prepare_fraction=model.preparation.fraction,
+        sleep_level=model.way,
+        pinned=model.pinned,
     )
 
 
@@ -87,6 +89,7 @@ def _instance(world: World, instance: Instance, now: float) -> InstanceView:
         state_age=max(now - instance.since, 0.0),
         stage=instance.stage,
         fraction=instance.fraction,
+        asleep=instance.asleep,
     )
 
 
@@ -99,4 +102,5 @@ def _device(world: World, device: DeviceRecord) -> DeviceView:
         unverified=device.dirty,
         resident=next((instance.model for instance in here if instance.resident), None),
         problem=device.stuck or device.blocked,
+        asleep=tuple(sleeper.model for sleeper in world.sleepers(device.name)),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modelswap.core import effects
+from modelswap.core import effects, pinning, sleeping
 from modelswap.core.line import ADMIN, Ticket, TicketKey
 from modelswap.core.policy import Contender
 from modelswap.core.world import DeviceRecord, Instance, ModelRecord, Request, World
@@ -26,7 +26,7 @@ def want(world: World, gateway: str, message: Want) -> None:
         rank=arrived - message.priority * world.settings.priority_boost,
         bytes=message.body_bytes,
     )
-    refusal = _objection(world, message.model) or _no_room(world, ticket)
+    refusal = _objection(world, message.model) or _pinned_out(world, message.model) or _no_room(world, ticket)
     if refusal is not None:
         code, text, retry_after = refusal
         _say_refused(world, ticket, code, text, retry_after)
@@ -82,6 +82,23 @@ def ensure(world: World, request: Request) -> None:
     world.waiting.add(Ticket(key=(ADMIN, request.id), model=model, arrived=world.now, rank=URGENT))
 
 
+def preload(world: World, model: ModelRecord) -> None:
+    """Ask for a model as an operator would, for nobody."""
+    request = Request(id=-len(world.ensures) - 1, model=model.facts.name, began=world.now, preload=True)
+    ensure(world, request)
+
+
+def cancel_preload(world: World, name: str) -> None:
+    """Forget that a model was to be preloaded."""
+    for request in [r for r in world.ensures.values() if r.preload and r.model == name]:
+        withdraw(world, request.id)
+
+
+def ensured(world: World, name: str) -> bool:
+    """Return whether an operator waits for a model."""
+    return any(request.model == name for request in world.ensures.values())
+
+
 def withdraw(world: World, request: int) -> None:
     """Forget an admin request."""
     world.ensures.pop(request, None)
@@ -133,9 +150,10 @@ def eligible(world: World, device: DeviceRecord, name: str) -> bool:
 
 
 def startable(world: World, device: DeviceRecord, name: str) -> bool:
-    """Return whether a model is configured for this device, and prepared."""
+    """Return whether a model is configured for this device, and prepared (or only to be woken)."""
     model = world.models.get(name)
-    return model is not None and model.device == device.name and model.prepared
+    here = model is not None and model.device == device.name
+    return here and model is not None and (model.prepared or sleeping.wakeable(world, name))
 
 
 def estimate(world: World, model: ModelRecord) -> float:
@@ -171,6 +189,12 @@ def _objection(world: World, model: str) -> tuple[Code, str, float | None] | Non
     if device.blocked:
         return Code.MEMORY_NOT_RELEASED, device.blocked, None
     return None
+
+
+def _pinned_out(world: World, name: str) -> tuple[Code, str, float | None] | None:
+    """Return the refusal of a request whose model pinned ones keep out, unless an operator waits for it, too."""
+    message = "" if ensured(world, name) else pinning.shut_out(world, world.models[name])
+    return (Code.MODEL_PINNED, message, None) if message else None
 
 
 def _no_room(world: World, ticket: Ticket) -> tuple[Code, str, float | None] | None:
@@ -216,6 +240,8 @@ def _say_refused(world: World, ticket: Ticket, code: Code, message: str, retry_a
 
 
 def _answer(world: World, request: Request, code: Code, message: str, retry_after: float | None) -> None:
+    if request.preload:
+        return
     world.emit(
         effects.Answer(
             request=request.id,
@@ -230,6 +256,8 @@ def _answer(world: World, request: Request, code: Code, message: str, retry_afte
 
 def _answer_ready(world: World, request: Request, instance: Instance, mechanism: str) -> None:
     world.ensures.pop(request.id, None)
+    if request.preload:
+        return
     world.emit(
         effects.Answer(
             request=request.id,

@@ -48,6 +48,12 @@ class Instance:
     """Waiting tickets that must be served before it may be put out."""
     gone: bool = False
     """Its processes have ended (it may still wait for leases to drain)."""
+    falling: int = 0
+    """The level at which it is being put to sleep, once it has drained."""
+    asleep: int = 0
+    """The level at which it sleeps; also while it is being stopped in its sleep."""
+    strays: set[str] = field(default_factory=set)
+    """Gateways that were lost while they had leases on it, and haven't said hello again."""
     probing: bool = False
     contended: bool = False
     """Gateways have been told that somebody waits for another model."""
@@ -61,6 +67,11 @@ class Instance:
     def resident(self) -> bool:
         """Ready, and its gate open."""
         return self.state is InstanceState.READY and self.epoch is not None
+
+    @property
+    def holds(self) -> bool:
+        """Whether it counts against its device's capacity."""
+        return self.state in HOLDING and not self.asleep
 
     def open_leases(self) -> list[Lease]:
         """Return the leases of the current epoch."""
@@ -102,6 +113,11 @@ class ModelRecord:
     swap_time: Average = field(default_factory=Average)
     load_time: Average = field(default_factory=Average)
     pace: Pace = field(default_factory=lambda: Pace(Average()))
+    wake_time: Average = field(default_factory=Average)
+    way: int = 0
+    """How its instance is put out: 0 stopped, else put to sleep at this level."""
+    pin: bool | None = None
+    """What was said at run time about pinning it; None: the config holds."""
     backoff: Backoff | None = None
     failures: int = 0
     """Failed starts in a row, and early deaths beyond those that are forgiven."""
@@ -109,8 +125,15 @@ class ModelRecord:
     """Starts in a row that were killed from outside, and repeated."""
     unprepared_starts: int = 0
     """Starts in a row that found something missing which had been prepared, and were repeated."""
+    failed_wakes: int = 0
+    """Failed wakes in a row."""
     early_deaths: int = 0
     """Deaths soon after coming in, in a row."""
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it isn't left for others once it is resident."""
+        return self.facts.pinned if self.pin is None else self.pin
 
     @property
     def prepared(self) -> bool:
@@ -154,6 +177,8 @@ class Request:
     model: str | None
     began: float
     previous: str | None = None
+    preload: bool = False
+    """Our own, to preload a model; nobody hears the answer."""
 
 
 @dataclass(slots=True)
@@ -212,12 +237,25 @@ class World:
         return instance.state if instance is not None else InstanceState.ABSENT
 
     def on_device(self, device: str) -> Iterator[Instance]:
-        """Yield the instances that belong to a device, failed ones aside."""
+        """Yield the instances that belong to a device, failed ones and sleepers aside."""
+        return (i for i in self._of_device(device) if not i.asleep)
+
+    def sleepers(self, device: str) -> Iterator[Instance]:
+        """Yield the instances that sleep on a device or are being stopped in their sleep."""
+        return (i for i in self._of_device(device) if i.asleep)
+
+    def _of_device(self, device: str) -> Iterator[Instance]:
         return (i for i in self.instances.values() if i.device == device and i.state is not InstanceState.FAILED)
+
+    def soil(self, instance: Instance) -> None:
+        """Note that what an instance held has been left, but hasn't been seen to be free."""
+        device = self.devices[instance.device]
+        if not device.private:
+            device.dirty = min(device.dirty + instance.demand, device.facts.capacity)
 
     def room(self, device: DeviceRecord) -> int:
         """Return the capacity that nothing holds and that is known to be free."""
-        held = sum(i.demand for i in self.on_device(device.name) if i.state in HOLDING)
+        held = sum(i.demand for i in self.on_device(device.name) if i.holds)
         return device.facts.capacity - held - device.dirty
 
     def add_instance(self, model: ModelRecord, id_: str) -> Instance:
@@ -258,6 +296,10 @@ class World:
         instance.story.append(Transition(self.now, before, after, cause))
         instance.state = after
         instance.since = self.now
+        if after is not InstanceState.DRAINING:
+            instance.falling = 0
+        if after not in (InstanceState.ASLEEP, InstanceState.STOPPING):
+            instance.asleep = 0
         self.catalog_changed = True
         self.emit(
             effects.Transitioned(

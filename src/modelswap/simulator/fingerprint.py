@@ -90,7 +90,7 @@ class _Canon:
         return (
             (budget.asks, budget.leaves, budget.first_bytes, budget.drops, budget.engine_deaths, budget.failures),
             (budget.stops, budget.gateway_deaths, budget.restarts, budget.commands, budget.stalls, world.stalled),
-            (budget.appearances, budget.spoilings),
+            (budget.appearances, budget.spoilings, budget.sleeper_drops, budget.pins),
             None if scheduler is None else self._scheduler(scheduler.world),
             tuple(self._gateway(gateway) for gateway in system.gateways.values()),
             tuple(self._link(link) for link in system.arriving),
@@ -101,7 +101,7 @@ class _Canon:
                     e.address[1],
                     e.ready,
                     e.alive,
-                    (e.disturbed, e.by_hand),
+                    (e.disturbed, e.by_hand, e.holding, e.falling),
                     tuple(sorted((r.gateway, self.requests[r.id]) for r in e.running.values())),
                 )
                 for e in system.machine.engines.values()
@@ -123,13 +123,22 @@ class _Canon:
                     device.dirty,
                     bool(device.stuck),
                     bool(device.blocked),
-                    swap and (swap.target, swap.phase, swap.aborted, self._ids(swap.victims), self._id(swap.instance)),
+                    swap
+                    and (
+                        swap.target,
+                        swap.phase,
+                        swap.aborted,
+                        swap.idle,
+                        self._ids(swap.victims),
+                        self._id(swap.instance),
+                    ),
                 )
                 for device in world.devices.values()
                 for swap in (device.swap,)
             ),
             tuple((m.backoff is not None, m.failures, m.early_deaths, m.killed_starts) for m in world.models.values()),
             tuple((m.preparation.state, m.unprepared_starts) for m in world.models.values()),
+            tuple((m.way, m.pin, m.failed_wakes) for m in world.models.values()),
             self._ids(list(world.appeared)),
             tuple(world.gateways),
             tuple(
@@ -151,7 +160,10 @@ class _Canon:
             ),
             (world.begun, world.shutting_down, tuple(sorted(world.expected)), tuple(sorted(world.doubtful))),
             tuple(sorted((gateway, self.epochs[epoch]) for gateway, epoch in world.fences)),
-            (len(world.ensures), tuple(sorted(str(r.model) for r in world.unloads.values()))),
+            (
+                tuple(r.preload for r in world.ensures.values()),
+                tuple(sorted(str(r.model) for r in world.unloads.values())),
+            ),
         )
 
     def _instance(self, instance: Instance) -> Hashable:
@@ -165,7 +177,8 @@ class _Canon:
             instance.floor,
             instance.gone,
             instance.probing,
-            (instance.contended, instance.adopted),
+            (instance.contended, instance.adopted, instance.falling, instance.asleep),
+            tuple(sorted(instance.strays)),
             tuple(self._held(lease) for lease in instance.leases.values()),
         )
 

@@ -13,7 +13,10 @@ HOST = "127.0.0.1"
 
 @dataclass(slots=True, eq=False)
 class Engine:
-    """One start of an engine; it listens from its start on, but answers only when ``ready``."""
+    """One start of an engine; it listens from its start on, but answers only when ``ready``.
+
+    ``holding`` tells whether it holds device memory: from its start on, but not while it sleeps.
+    """
 
     instance: str
     model: str
@@ -24,6 +27,9 @@ class Engine:
     slots: int
     ready: bool = False
     alive: bool = True
+    holding: bool = True
+    falling: bool = False
+    """It is being put to sleep."""
     by_hand: bool = False
     """Somebody else has started it."""
     disturbed: bool = False
@@ -53,12 +59,7 @@ class Machine:
         port = self.free.pop() if self.free else self._new_port()
         engine = Engine(instance, model, definition, place, demand, (HOST, port), slots)
         if device is not None:
-            held = sum(other.demand for other in self.engines.values() if other.device == device)
-            held += self.unreleased.get(device, 0)
-            claim(
-                held + demand <= self.capacity[device],
-                f"{instance} started on {device}, where {held} of {self.capacity[device]} are held",
-            )
+            self._claim_room(instance, device, demand)
         claim(instance not in self.engines, f"{instance} was started twice")
         self.engines[instance] = engine
         return engine
@@ -74,6 +75,31 @@ class Machine:
         engine = Engine(instance, model, definition, place, demand, (HOST, self._new_port()), slots, by_hand=True)
         self.engines[instance] = engine
         return engine
+
+    def sleep(self, instance: str) -> None:
+        """Have an engine give its memory up, all but its process; that may take a while, too."""
+        engine = self.engines[instance]
+        engine.falling = engine.ready = engine.holding = False
+        self._leave(engine)
+
+    def wake(self, instance: str) -> None:
+        """Have a sleeping engine take its memory again, which must be free; it isn't ready yet."""
+        engine = self.engines[instance]
+        if engine.device in self.capacity:
+            self._claim_room(instance, engine.device, engine.demand)
+        engine.holding = True
+
+    def _claim_room(self, instance: str, device: str, demand: int) -> None:
+        held = sum(other.demand for other in self.engines.values() if other.device == device and other.holding)
+        held += self.unreleased.get(device, 0)
+        claim(
+            held + demand <= self.capacity[device],
+            f"{instance} comes in on {device}, where {held} of {self.capacity[device]} are held",
+        )
+
+    def _leave(self, engine: Engine) -> None:
+        if engine.device in self.capacity:
+            self.unreleased[engine.device] = self.unreleased.get(engine.device, 0) + engine.demand
 
     def _new_port(self) -> int:
         self._ports += 1
@@ -95,8 +121,8 @@ class Machine:
         cut = self.die(instance)
         del self.engines[instance]
         self.free.append(engine.address[1])
-        if engine.device in self.capacity:
-            self.unreleased[engine.device] = self.unreleased.get(engine.device, 0) + engine.demand
+        if engine.holding:
+            self._leave(engine)
         return cut
 
     def release(self, device: str) -> None:

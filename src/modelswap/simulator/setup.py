@@ -12,21 +12,41 @@ from modelswap.protocol.messages import CatalogModel
 DEVICE = "gpu0"
 
 
-def model(name: str, *, slots: int = 1, device: str | None = DEVICE, prepare: bool = False) -> ModelFacts:
+def model(
+    name: str,
+    *,
+    slots: int = 1,
+    device: str | None = DEVICE,
+    prepare: bool = False,
+    ttl: float | None = None,
+    preload: bool = False,
+) -> ModelFacts:
     """Return a model's facts."""
-    listing = CatalogModel(name=name)
-    return ModelFacts(name=name, definition="v1", device=device, slots=slots, listing=listing, prepare=prepare)
+    return ModelFacts(
+        name=name,
+        definition="v1",
+        device=device,
+        slots=slots,
+        listing=CatalogModel(name=name),
+        prepare=prepare,
+        ttl=ttl,
+        preload=preload,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What a world is made of. ``wire``: messages go through JSON. ``policy`` None: the scheduler's own."""
+    """What a world is made of. ``wire``: messages go through JSON. ``policy`` None: the scheduler's own.
+
+    ``sleeping`` are the models that are put out by sleep.
+    """
 
     models: tuple[ModelFacts, ...]
     gateways: tuple[str, ...] = ("g0",)
     settings: Settings = field(default_factory=Settings)
     capacity: int = 1
     policy: Policy | None = None
+    sleeping: tuple[str, ...] = ()
     wire: bool = False
     checked: bool = True
     """Whether everything is asserted after every step; comparisons of policies run faster without."""

@@ -40,6 +40,8 @@ class Budget:
     stalls: int = 0
     appearances: int = 0
     spoilings: int = 0
+    sleeper_drops: int = 0
+    pins: int = 0
 
     @property
     def disturbances(self) -> int:
@@ -116,7 +118,7 @@ class Stepped:
         if budget.engine_deaths:
             actions += [("kill engine", e.instance) for e in system.machine.engines.values() if e.alive]
         if budget.failures and not self.stalled:
-            failing = (Kind.BRING_IN, Kind.PUT_OUT, Kind.VERIFY, Kind.PREPARE)
+            failing = (Kind.BRING_IN, Kind.PUT_OUT, Kind.VERIFY, Kind.PREPARE, Kind.SLEEP, Kind.WAKE)
             actions += [("fail", task.id) for task in system.tasks.values() if task.kind in failing]
         if budget.stops:
             actions += [("stop", name) for name in awake]
@@ -137,6 +139,10 @@ class Stepped:
         if budget.appearances and not self.stalled:
             running = {engine.model for engine in system.machine.engines.values() if engine.alive}
             actions += [("appear", facts.name) for facts in system.setup.models if facts.name not in running]
+        if budget.sleeper_drops and system.scheduler is not None and not self.stalled:
+            actions += [("drop sleeper", e.instance) for e in system.machine.engines.values() if not e.holding]
+        if budget.pins and system.scheduler is not None and not self.stalled:
+            actions += [("pin", facts.name, pinned) for facts in system.setup.models for pinned in (1, 0)]
         if budget.spoilings:
             actions += [("spoil", name) for name in sorted(system.machine.prepared)]
         return actions
@@ -220,6 +226,12 @@ class Stepped:
             case ("appear", str(model)):
                 budget.appearances -= 1
                 system.appear(model)
+            case ("drop sleeper", str(instance)):
+                budget.sleeper_drops -= 1
+                system.handle(events.DropSleeper(at=system.now, instance=instance, reason="host memory is short"))
+            case ("pin", str(model), int(pinned)):
+                budget.pins -= 1
+                system.handle(events.Pin(at=system.now, model=model, pinned=bool(pinned)))
             case ("spoil", str(model)):
                 budget.spoilings -= 1
                 system.spoil(model)

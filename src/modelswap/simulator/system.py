@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from modelswap.core import effects, events
 from modelswap.core.admission import Admission
 from modelswap.core.facts import DeviceFacts
@@ -18,7 +20,10 @@ from modelswap.simulator.setup import DEVICE, Setup, Start
 from modelswap.simulator.tasks import Kind, Task
 from modelswap.simulator.traffic import Outcome, Request, Violation, claim
 
+LEVEL: Final = 1
+"""At which engines sleep."""
 _OPENED = frozenset({InstanceState.READY, InstanceState.DRAINING})
+_ADOPTED = _OPENED | {InstanceState.STARTING, InstanceState.ASLEEP}
 
 
 class System:
@@ -162,12 +167,15 @@ class System:
                 settings=self.setup.settings,
             )
         )
+        self._tell_ways()
         adopted: list[tuple[Start, Engine]] = []
         appeared: list[Engine] = []
         for instance in list(self.machine.engines):
             engine = self.machine.engines[instance]
             start = self.journal.get(instance)
-            if start is not None and engine.alive and start.state in {InstanceState.STARTING, *_OPENED}:
+            if engine.alive and engine.falling and not engine.running:
+                self.machine.sleep(instance)  # it goes on falling asleep by itself
+            if start is not None and engine.alive and not engine.falling and start.state in _ADOPTED:
                 adopted.append((start, engine))
             elif start is None and engine.alive and engine.by_hand:
                 appeared.append(engine)
@@ -185,6 +193,7 @@ class System:
                     port=engine.address[1],
                     slots=engine.slots,
                     ready=start.state in _OPENED,
+                    asleep=0 if engine.holding else LEVEL,
                 )
             )
         expected = frozenset(name for name, went in self.known.items() if self.now - went < self.setup.settings.term)
@@ -225,6 +234,10 @@ class System:
         match task.kind:
             case Kind.BRING_IN:
                 self._brought_in(task, well=well)
+            case Kind.SLEEP:
+                self._slept(task, well=well)
+            case Kind.WAKE:
+                self._woken(task, well=well)
             case Kind.PUT_OUT if well:
                 self._bury(task.subject)
                 self.handle(events.PutOut(at=self.now, instance=task.subject))
@@ -279,7 +292,7 @@ class System:
     def kill_engine(self, instance: str) -> None:
         """Have an engine die by itself."""
         engine = self.machine.engines[instance]
-        watched = engine.ready
+        watched = engine.ready or not engine.holding
         self._cut(self.machine.die(instance))
         if self.scheduler is not None and watched and not self._task_of(instance, Kind.PUT_OUT):
             self._begin(Kind.NOTICE_DEATH, instance, engine.model)
@@ -360,9 +373,21 @@ class System:
             case effects.BringIn():
                 if not effect.adopted:
                     self._start(effect)
+                self._claim_alone(effect.instance, Kind.SLEEP)
                 self._begin(Kind.BRING_IN, effect.instance, effect.model)
             case effects.PutOut():
                 self._put_out(effect)
+            case effects.Sleep():
+                self._claim_drained(effect.instance)
+                self._claim_alone(effect.instance, Kind.BRING_IN, Kind.WAKE)
+                self.machine.engines[effect.instance].falling = True
+                self._cancel(effect.instance, Kind.NOTICE_DEATH)
+                self._begin(Kind.SLEEP, effect.instance, effect.model)
+            case effects.Wake():
+                self._claim_alone(effect.instance, Kind.SLEEP)
+                self._cancel(effect.instance, Kind.NOTICE_DEATH)
+                self.machine.wake(effect.instance)
+                self._begin(Kind.WAKE, effect.instance, effect.model)
             case effects.Prepare():
                 claim(self._task_of(effect.model, Kind.PREPARE) is None, f"{effect.model} is prepared twice at once")
                 claim(effect.model not in self.told_prepared, f"{effect.model} is prepared again for nothing")
@@ -400,13 +425,52 @@ class System:
             self.journal[effect.instance] = Start(effect.model, effect.definition, effect.after)
 
     def _put_out(self, effect: effects.PutOut) -> None:
-        while (
-            task := self._task_of(effect.instance, Kind.BRING_IN, Kind.PROBE, Kind.NOTICE_DEATH)
-        ) and task.kind is not Kind.PROBE:
-            del self.tasks[task.id]
+        self._cancel(effect.instance, Kind.BRING_IN, Kind.SLEEP, Kind.WAKE, Kind.NOTICE_DEATH)
         if not effect.kill:
             self._claim_drained(effect.instance)
         self._begin(Kind.PUT_OUT, effect.instance, effect.model, kill=effect.kill)
+
+    def _cancel(self, subject: str, *kinds: Kind) -> None:
+        while task := self._task_of(subject, *kinds):
+            del self.tasks[task.id]
+
+    def _claim_alone(self, instance: str, *kinds: Kind) -> None:
+        """Assert that no task of these kinds goes on with another engine of the same device."""
+        device = self.machine.engines[instance].device
+        for task in self.tasks.values():
+            other = self.machine.engines.get(task.subject) if task.kind in kinds else None
+            claim(
+                other is None or other.instance == instance or other.device != device,
+                f"{instance} moves on {device} while {task} goes on",
+            )
+
+    def _tell_ways(self) -> None:
+        for name in self.setup.sleeping:
+            self.handle(events.Ways(at=self.now, model=name, definition="v1", level=LEVEL))
+
+    def _slept(self, task: Task, *, well: bool) -> None:
+        """End falling asleep; an engine that has died, or runs a request that nobody knew of, can't."""
+        engine = self.machine.engines[task.subject]
+        if well and engine.alive and not engine.running:
+            self.machine.sleep(task.subject)
+            self.handle(events.Slept(at=self.now, instance=task.subject))
+        else:
+            engine.falling = False
+            self.handle(events.SleepFailed(at=self.now, instance=task.subject, message="it won't sleep"))
+
+    def _woken(self, task: Task, *, well: bool) -> None:
+        engine = self.machine.engines[task.subject]
+        if well and engine.alive:
+            engine.ready = True
+            host, port = engine.address
+            self.handle(
+                events.BroughtIn(
+                    at=self.now, instance=task.subject, host=host, port=port, slots=engine.slots, mechanism="wake"
+                )
+            )
+        else:
+            self._bury(task.subject)
+            self.handle(events.WakeFailed(at=self.now, instance=task.subject, message="out of memory"))
 
     def _claim_drained(self, instance: str) -> None:
         """Assert that nothing runs on an instance that the orchestrator could know of."""

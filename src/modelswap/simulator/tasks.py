@@ -14,6 +14,8 @@ class Kind(StrEnum):
     VERIFY = "verify released"
     PROBE = "probe"
     NOTICE_DEATH = "notice death"
+    SLEEP = "sleep"
+    WAKE = "wake"
     PREPARE = "prepare"
     TURN_AWAY = "turn away"
 

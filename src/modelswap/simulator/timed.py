@@ -22,6 +22,8 @@ class Timing:
     stop: Callable[[str], float] = lambda model: 0.0
     release: Callable[[str], float] = lambda device: 0.0
     prepare: Callable[[str], float] = lambda model: 0.0
+    sleep: Callable[[str], float] = lambda model: 0.0
+    wake: Callable[[str], float] = lambda model: 0.0
     latency: Callable[[], float] = lambda: 0.0002
 
 
@@ -85,6 +87,10 @@ class Timed:
                 seconds = self._timing.prepare(task.model)
             case Kind.PUT_OUT | Kind.TURN_AWAY:
                 seconds = self._timing.stop(task.model)
+            case Kind.SLEEP:
+                seconds = self._timing.sleep(task.model)
+            case Kind.WAKE:
+                seconds = self._timing.wake(task.model)
             case Kind.VERIFY:
                 seconds = self._timing.release(task.subject)
             case _:
