@@ -65,6 +65,19 @@ class FakeEngine:
         self.counts: list[int | None] = []
         self.count_error: Exception | None = None
         self.needs: int | None = None
+        self.levels: tuple[int, ...] = ()
+        self.sleeps = False
+        self.sleep_errors: list[Exception] = []
+        """Raised first, one each."""
+        self.wake_errors: list[Exception] = []
+        """Raised first, one each."""
+        self.sleep_gate = asyncio.Event()
+        self.sleep_gate.set()
+        self.slumber: list[str] = []
+        """What it was told, e.g. ``sleep 1``."""
+        self.greedy_answer: tuple[str, ...] | None = None
+        self.greedy_answers: list[tuple[str, ...] | None] = []
+        """Given first, one each."""
         self.diagnosis = Diagnosis("it ran out of luck; give it more", permanent=False)
         self.diagnosed: list[tuple[int | None, list[str]]] = []
 
@@ -112,6 +125,31 @@ class FakeEngine:
         await self.canary_gate.wait()
         if self.canary_error is not None:
             raise self.canary_error
+
+    def sleep_levels(self, model: Model) -> tuple[int, ...]:
+        return self.levels
+
+    async def sleep(self, http: aiohttp.ClientSession, model: Model, address: Address, level: int) -> None:
+        self.slumber.append(f"sleep {level}")
+        await self.sleep_gate.wait()
+        if self.sleep_errors:
+            raise self.sleep_errors.pop(0)
+        self.sleeps = True
+
+    async def wake(self, http: aiohttp.ClientSession, model: Model, address: Address, level: int) -> None:
+        self.slumber.append(f"wake {level}")
+        await self.sleep_gate.wait()
+        if self.wake_errors:
+            raise self.wake_errors.pop(0)
+        self.sleeps = False
+
+    async def asleep(self, http: aiohttp.ClientSession, model: Model, address: Address) -> bool | None:
+        return self.sleeps
+
+    async def greedy(
+        self, http: aiohttp.ClientSession, name: str, model: Model, address: Address, tokens: int
+    ) -> tuple[str, ...] | None:
+        return self.greedy_answers.pop(0) if self.greedy_answers else self.greedy_answer
 
     def diagnose(self, exit_code: int | None, log: Sequence[str]) -> Diagnosis:
         self.diagnosed.append((exit_code, list(log)))

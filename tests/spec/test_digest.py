@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from modelswap.spec.config import Model
+from modelswap.spec.config import Hook, Hooks, Model
 from modelswap.spec.digest import definition
 
 BASE = Model(engine="vllm", model="m", args=["--a"], env={"A": "1"}, aliases=["x"], api_key=SecretStr("k"))
@@ -29,6 +29,7 @@ BASE = Model(engine="vllm", model="m", args=["--a"], env={"A": "1"}, aliases=["x
         {"api_key": SecretStr("other")},
         {"api_key": None},
         {"device": "none"},
+        {"sleep": "on"},
     ],
     ids=str,
 )
@@ -48,6 +49,12 @@ def test_what_changes_the_engine_changes_the_digest(change: dict[str, Any]) -> N
         {"canary": "none"},
         {"memory": 5},
         {"adapters": ["lora"]},
+        {"ttl": 60.0},
+        {"idle": "stop"},
+        {"pin": True},
+        {"preload": True},
+        {"standby": False},
+        {"hooks": Hooks(after_load=[Hook(url="/x")])},
     ],
     ids=str,
 )

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from modelswap.spec import example
-from modelswap.spec.config import Config, Device, Docker, Gateway, Model, Orchestrator, Scheduling
+from modelswap.spec.config import Config, Device, Docker, Gateway, Hook, Hooks, Model, Orchestrator, Scheduling
 from modelswap.spec.errors import ConfigError
 from modelswap.spec.load import load, loads
 
@@ -37,10 +37,38 @@ def test_the_example_loads_without_any_variable_and_says_the_defaults() -> None:
 def test_the_example_names_every_key() -> None:
     """Whoever reads the example has seen each key there is, at least in a comment."""
     text = example.text()
-    sections: list[type[BaseModel]] = [Config, Model, Gateway, Orchestrator, Scheduling, Device, Docker]
+    sections: list[type[BaseModel]] = [Config, Model, Hook, Hooks, Gateway, Orchestrator, Scheduling, Device, Docker]
     for section in sections:
         for key in section.model_fields:
             assert f"{key}:" in text or key == "ledger", key
+
+
+@pytest.mark.parametrize(
+    ("written", "read"), [("on", "on"), ("off", "off"), ("auto", "auto"), ('"on"', "on"), ('"${SLEEP}"', "on")]
+)
+def test_sleep_is_on_or_off_in_words(written: str, read: str) -> None:
+    """YAML takes a plain ``on`` for true; where that is a word of ours, it is the word."""
+    assert loads(f"models: {{a: {{model: m, sleep: {written}}}}}", {"SLEEP": "on"}).models["a"].sleep == read
+
+
+def test_hooks_are_read_whole() -> None:
+    """Commands are lists of words as written, bodies JSON with the types that YAML gives them."""
+    text = """
+models:
+  a:
+    model: m
+    hooks:
+      before_load: [{command: [tell, 8, yes]}]
+      after_load: [{url: /slots/0, body: {n: 8, deep: [true, null, {x: "1"}]}, on_failure: fail}]
+      after_unload: [{url: "https://h:1/x?t=${T}", method: PUT, timeout: 0.5}]
+"""
+    hooks = loads(text, {"T": "secret"}).models["a"].hooks
+    assert hooks.before_load == [Hook(command=["tell", "8", "yes"])]
+    (after,) = hooks.after_load
+    assert (after.method, after.timeout, after.on_failure) == ("POST", 30.0, "fail")
+    assert after.body == {"n": 8, "deep": [True, None, {"x": "1"}]}
+    assert hooks.after_unload == [Hook(url="https://h:1/x?t=secret", method="PUT", timeout=0.5)]
+    assert hooks.before_unload == []
 
 
 def test_load_reads_a_file_with_a_byte_order_mark(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ ONE = [
     ),
     pytest.param(
         "models: {a: {model: m}}\ndevice: {zzz: 1}",
-        "m.yaml:2: device.zzz: unknown key; the keys here are kind, index, ledger, release_timeout, on_release_timeout",
+        "m.yaml:2: device.zzz: unknown key; the keys here are kind, index, ledger, release_timeout, on_release_timeout,"
+        " host_memory",
         id="unknown key, none near",
     ),
     pytest.param(

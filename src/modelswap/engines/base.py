@@ -84,6 +84,18 @@ class CanaryFailed(Exception):
     """The engine says it is ready, but did not answer the canary; the message says how."""
 
 
+class CannotSleep(Exception):
+    """The engine didn't go to sleep as told; the message says how. Whether it sleeps now is uncertain."""
+
+
+class CannotWake(Exception):
+    """The engine didn't wake as told; the message says how. What it holds now is uncertain."""
+
+
+class WakeOutOfMemory(CannotWake):
+    """There was too little device memory to wake. Once there is more, it may be told to wake again."""
+
+
 class Engine(Protocol):
     """Facts about one server program.
 
@@ -140,6 +152,38 @@ class Engine(Protocol):
 
     async def canary(self, http: aiohttp.ClientSession, name: str, model: Model, address: Address) -> None:
         """Send the short request that proves it serves; raises `CanaryFailed`."""
+        ...
+
+    def sleep_levels(self, model: Model) -> tuple[int, ...]:
+        """Return at which levels it can sleep as it is started: 1 keeps its weights in host memory, 2 drops them."""
+        ...
+
+    async def sleep(self, http: aiohttp.ClientSession, model: Model, address: Address, level: int) -> None:
+        """Have it give up the device; returns once it says that it sleeps. Raises `CannotSleep`.
+
+        It must have nothing to do, and is asked whether that is so. Its memory may be free only later. The caller
+        limits the time: a first sleep may take minutes, because host memory is pinned then.
+        """
+        ...
+
+    async def wake(self, http: aiohttp.ClientSession, model: Model, address: Address, level: int) -> None:
+        """Wake it from ``level``; returns once it says that it is awake. Raises `CannotWake`, `WakeOutOfMemory`.
+
+        The caller limits the time. What it then answers may be wrong, and is to be compared (`greedy`).
+        """
+        ...
+
+    async def asleep(self, http: aiohttp.ClientSession, model: Model, address: Address) -> bool | None:
+        """Return whether it sleeps, if only in part; None if it can't tell."""
+        ...
+
+    async def greedy(
+        self, http: aiohttp.ClientSession, name: str, model: Model, address: Address, tokens: int
+    ) -> tuple[str, ...] | None:
+        """Return the first ``tokens`` tokens (or fewer) that it answers a fixed prompt with, the likeliest each time.
+
+        None where there is no such thing (an embedder). Raises `CanaryFailed` if it answers with an error.
+        """
         ...
 
     def diagnose(self, exit_code: int | None, log: Sequence[str]) -> Diagnosis:

@@ -7,8 +7,9 @@ from typing import Final
 
 import aiohttp
 
+from modelswap.engines import greedy
 from modelswap.engines import http as ask
-from modelswap.engines.base import Address, Diagnosis, Launch, Readiness
+from modelswap.engines.base import Address, CannotSleep, CannotWake, Diagnosis, Launch, Readiness
 from modelswap.engines.diagnosis import cause, explain
 from modelswap.engines.programs import folder, placed
 from modelswap.protocol.errors import Code, ModelswapError
@@ -77,6 +78,27 @@ class Custom:
     async def canary(self, http: aiohttp.ClientSession, name: str, model: Model, address: Address) -> None:
         """Send what ``canary`` says, by default nothing."""
         await ask.canary(http, self.upstream_name(name, model), model, address, "none")
+
+    def sleep_levels(self, model: Model) -> tuple[int, ...]:
+        """Return none: nothing is known of how it would."""
+        return ()
+
+    async def sleep(self, http: aiohttp.ClientSession, model: Model, address: Address, level: int) -> None:
+        """Refuse."""
+        raise CannotSleep(f"engine '{self.kind}' has no sleep")
+
+    async def wake(self, http: aiohttp.ClientSession, model: Model, address: Address, level: int) -> None:
+        """Refuse."""
+        raise CannotWake(f"engine '{self.kind}' has no sleep")
+
+    async def asleep(self, http: aiohttp.ClientSession, model: Model, address: Address) -> None:
+        """Return None: it never sleeps."""
+
+    async def greedy(
+        self, http: aiohttp.ClientSession, name: str, model: Model, address: Address, tokens: int
+    ) -> tuple[str, ...] | None:
+        """Ask as the canary asks, if that is for text."""
+        return await greedy.answer(http, self.upstream_name(name, model), model, address, tokens, None)
 
     def diagnose(self, exit_code: int | None, log: Sequence[str]) -> Diagnosis:
         """Return a usage error as permanent; else the last error line."""

@@ -14,6 +14,8 @@ from modelswap.spec.config import Model
 PROBE: Final = aiohttp.ClientTimeout(total=10)
 # The first request may compile kernels.
 CANARY: Final = aiohttp.ClientTimeout(total=300)
+# For what takes as long as it takes; whoever waits limits it.
+PATIENT: Final = aiohttp.ClientTimeout(total=None, sock_connect=10)
 _MOST_BYTES: Final = 4 * 1024 * 1024
 _PROMPT: Final = "Hello"
 
@@ -41,6 +43,26 @@ async def get(http: aiohttp.ClientSession, model: Model, address: Address, path:
     """Ask once, within 10 s, following no redirects; raises `aiohttp.ClientError`, `TimeoutError`."""
     async with http.get(
         address.url + path, headers=auth(model), timeout=PROBE, allow_redirects=False, raise_for_status=False
+    ) as response:
+        return Reply(response.status, await _read(response))
+
+
+async def post(
+    http: aiohttp.ClientSession,
+    model: Model,
+    address: Address,
+    path: str,
+    body: dict[str, Any] | None,
+    timeout: aiohttp.ClientTimeout,
+) -> Reply:
+    """Post ``body`` as JSON (None: nothing) once; raises `aiohttp.ClientError`, `TimeoutError`."""
+    async with http.post(
+        address.url + path,
+        json=body,
+        headers=auth(model),
+        timeout=timeout,
+        allow_redirects=False,
+        raise_for_status=False,
     ) as response:
         return Reply(response.status, await _read(response))
 
@@ -100,15 +122,7 @@ async def gauges(http: aiohttp.ClientSession, model: Model, address: Address, na
 async def ask(http: aiohttp.ClientSession, name: str, model: Model, address: Address, kind: str) -> Reply:
     """Send the canary of ``kind`` (completion, chat or embedding) for ``name``; raises as `get` does, after 300 s."""
     path, request = _CANARIES[kind]
-    async with http.post(
-        address.url + path,
-        json={"model": name, **request},
-        headers=auth(model),
-        timeout=CANARY,
-        allow_redirects=False,
-        raise_for_status=False,
-    ) as response:
-        return Reply(response.status, await _read(response))
+    return await post(http, model, address, path, {"model": name, **request}, CANARY)
 
 
 def judge(reply: Reply, kind: str) -> None:

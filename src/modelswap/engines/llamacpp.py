@@ -22,9 +22,9 @@ from typing import Any, Final
 
 import aiohttp
 
+from modelswap.engines import greedy, options
 from modelswap.engines import http as ask
-from modelswap.engines import options
-from modelswap.engines.base import Address, Diagnosis, Launch, Readiness
+from modelswap.engines.base import Address, CannotSleep, CannotWake, Diagnosis, Launch, Readiness
 from modelswap.engines.diagnosis import cause, explain
 from modelswap.engines.programs import NoSuchModel, NotInstalled, folder, local, on_path, only_wraps
 from modelswap.spec.config import Model
@@ -124,6 +124,28 @@ class LlamaCpp:
         else:
             await ask.canary(http, called, model, address, "completion", "chat")
 
+    def sleep_levels(self, model: Model) -> tuple[int, ...]:
+        """Return none: its own ``--sleep-idle-seconds`` wakes by itself, when it should not."""
+        return ()
+
+    async def sleep(self, http: aiohttp.ClientSession, model: Model, address: Address, level: int) -> None:
+        """Refuse."""
+        raise CannotSleep(f"engine '{self.kind}' has no sleep")
+
+    async def wake(self, http: aiohttp.ClientSession, model: Model, address: Address, level: int) -> None:
+        """Refuse."""
+        raise CannotWake(f"engine '{self.kind}' has no sleep")
+
+    async def asleep(self, http: aiohttp.ClientSession, model: Model, address: Address) -> None:
+        """Return None: it never sleeps."""
+
+    async def greedy(
+        self, http: aiohttp.ClientSession, name: str, model: Model, address: Address, tokens: int
+    ) -> tuple[str, ...] | None:
+        """Ask for a completion, unless ``args`` make it an embedder or a reranker."""
+        kind = None if _makes_no_text(model) else "completion"
+        return await greedy.answer(http, self.upstream_name(name, model) or name, model, address, tokens, kind)
+
     def diagnose(self, exit_code: int | None, log: Sequence[str]) -> Diagnosis:
         """Look for the known causes, else for the last error line."""
         return explain(_CAUSES, exit_code, log)
@@ -161,6 +183,10 @@ def _weights_inside(text: str) -> tuple[str, str]:
 
 def _known(name: str, model: Model) -> set[str]:
     return {name, *model.aliases, *([model.model] if model.runtime == "adopted" and model.model else [])}
+
+
+def _makes_no_text(model: Model) -> bool:
+    return options.given(model.args, "--rerank", "--reranking", "--embedding", "--embeddings")
 
 
 def _knows_any_name(model: Model) -> bool:

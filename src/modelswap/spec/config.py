@@ -5,52 +5,12 @@ Durations are in seconds. How a file becomes a `Config` (YAML, ``${ENV}``, error
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ByteSize,
-    ConfigDict,
-    Field,
-    SecretStr,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, model_validator
 
+from modelswap.spec.fields import Bytes, Location, Port, Seconds, SomeSeconds
 
-def _size(value: object) -> object:
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError("wants a size such as 12GiB, 500MB or a number of bytes")
-    return value
-
-
-def _at_home(path: Path) -> Path:
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise ValueError(str(error)) from error
-
-
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Port = Annotated[int, Field(ge=0, le=65535)]
-Bytes = Annotated[
-    ByteSize,
-    BeforeValidator(_size),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "integer", "minimum": 0},
-                {"type": "string", "pattern": "^\\s*[0-9]*\\.?[0-9]+\\s*([kKmMgGtTpPeE]?[iI]?[bB]?|[bB]it)\\s*$"},
-            ],
-            "examples": ["12GiB", "500MB"],
-        }
-    ),
-]
-# YAML has no paths, so these alone are made from text in strict mode.
-Location = Annotated[Path, Field(strict=False), AfterValidator(_at_home)]
 RuntimeName = Literal["process", "adopted", "managed"]
 """``adopted``: a container that somebody else made; ``managed``: one that we make."""
 EngineName = Literal["vllm", "llamacpp", "openvino", "custom"]
@@ -60,6 +20,40 @@ class Strict(BaseModel):
     """Base of every section: unknown keys are errors, values are not coerced, nothing changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Hook(Strict):
+    """An HTTP request or a command; one of `url` and `command` is given."""
+
+    url: str | None = None
+    """Where to send a request: `http(s)://…`, or a path such as `/slots/0?action=save` of the engine itself."""
+    method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"] = "POST"
+    """With `url`. Only an answer with status 2xx is a success."""
+    body: dict[str, Any] | None = None
+    """With `url`: sent as JSON."""
+    command: list[str] | None = None
+    """A program and its arguments; never run through a shell. Exit status 0 is a success.
+
+    In its environment are `MODELSWAP_MODEL`, `MODELSWAP_HOOK` (e.g. `after_load`) and `MODELSWAP_URL` (the engine's
+    address, empty while it doesn't run).
+    """
+    timeout: SomeSeconds = 30.0
+    """Then the request is given up, or the command killed, and it has failed."""
+    on_failure: Literal["ignore", "fail"] = "ignore"
+    """`ignore`: log it and go on; `fail`: the load fails (only in `before_load` and `after_load`)."""
+
+
+class Hooks(Strict):
+    """What to do around loads and unloads, each in turn; waking and sleeping count as loading and unloading."""
+
+    before_load: list[Hook] = []
+    """Before the engine starts or wakes, when the device is free."""
+    after_load: list[Hook] = []
+    """When the engine is ready, before it gets requests."""
+    before_unload: list[Hook] = []
+    """When its last request has ended, before it is stopped or sleeps."""
+    after_unload: list[Hook] = []
+    """When it has ended or sleeps, and its memory is free."""
 
 
 class Model(Strict):
@@ -140,6 +134,25 @@ class Model(Strict):
     """How long the engine may take to stop after SIGTERM before it is killed. Default: by engine."""
     health_interval: Seconds = 10.0
     """How often a ready engine is asked for its health; 0 = never. Three misses in a row mean it hangs."""
+
+    sleep: Literal["auto", "on", "off"] = "auto"
+    """Whether a model that is swapped out may keep its process and wake later (vLLM and SGLang on a GPU).
+
+    `auto`: if its arguments (and environment) allow it. `on`: it is started so that it can; of a `container` or
+    `compose_service` it says that its own command has what that needs. `off`: never.
+    """
+    standby: bool = True
+    """vLLM only: keep a process waiting that has imported everything, and becomes this model's server when asked."""
+    ttl: SomeSeconds | None = None
+    """A model that had nothing to do for so long is put out. Default: it stays until another one is wanted."""
+    idle: Literal["sleep", "stop", "keep"] = "sleep"
+    """What to do after `ttl`: sleep (if it can, else stop), stop, or nothing."""
+    pin: bool = False
+    """Once it is there it is not left for other models: requests for those are refused."""
+    preload: bool = False
+    """Brought in at start, if its device has nothing; of several the first."""
+    hooks: Hooks = Hooks()
+    """HTTP calls or commands around loads and unloads."""
 
     @property
     def runtime(self) -> RuntimeName:
@@ -235,6 +248,8 @@ class Device(Strict):
     """How long freed memory may take to appear as free."""
     on_release_timeout: Literal["strict", "warn"] = "strict"
     """Then: refuse with the holders' names and keep watching, or go on with a warning."""
+    host_memory: Bytes | None = None
+    """Host memory that sleeping models and standbys may take. Default: a safe part of what is available; 0 = none."""
 
     @model_validator(mode="after")
     def _ledger_goes_with_simulated(self) -> Device:

@@ -8,11 +8,11 @@ from typing import Final
 
 from modelswap.spec.config import Model
 
-_KNOWS_ITS_NAMES: Final = frozenset({"vllm", "llamacpp", "openvino"})
+_KNOWS_ITS_NAMES: Final = frozenset({"vllm", "llamacpp", "openvino", "sglang"})
 # Read by us at run time, never by the engine's process: a change needs no restart.
 _OURS: Final = frozenset(
-    {"adapters", "aliases", "canary", "concurrency", "health_interval", "memory", "priority", "pull", "ready"}
-    | {"start_timeout", "stop_grace"}
+    {"adapters", "aliases", "canary", "concurrency", "health_interval", "hooks", "idle", "memory", "pin", "preload"}
+    | {"priority", "pull", "ready", "standby", "start_timeout", "stop_grace", "ttl"}
 )
 
 

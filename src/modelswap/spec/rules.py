@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from modelswap.spec import containers
+from modelswap.spec import containers, hooks
 from modelswap.spec.errors import Path, dotted
 from modelswap.spec.tree import Tree
 
 LONGEST_NAME: Final = 200
+_SLEEPERS: Final = ("vllm", "sglang")
 _NEEDS_MODEL: Final = {
     "vllm": "a Hugging Face id or a folder",
     "llamacpp": "a GGUF file or a Hugging Face id",
     "openvino": "a GGUF file or a folder",
+    "sglang": "a Hugging Face id or a folder",
 }
 
 
@@ -35,6 +37,8 @@ def check(tree: Tree) -> None:
             if isinstance(model, dict):
                 _by_engine(tree, path, model)
                 containers.check(tree, path, model)
+                hooks.check(tree, path, model)
+                _swaps(tree, path, model)
                 _values(tree, path, model)
         _names(tree, models)
         containers.check_all(tree, models)
@@ -65,6 +69,19 @@ def _by_engine(tree: Tree, path: Path, model: dict[str, Any]) -> None:
         words = model.get(key)
         if isinstance(words, list) and (not words or words[0] == "") and (*path, key, 0) not in tree.unreadable:
             tree.add((*path, key), "names no program", f"e.g. {key}: [my-server]", at_key=True)
+
+
+def _swaps(tree: Tree, path: Path, model: dict[str, Any]) -> None:
+    engine = model.get("engine", "vllm")
+    if model.get("sleep") == "on":
+        if engine not in _SLEEPERS:
+            tree.add((*path, "sleep"), f"engine '{engine}' has no sleep", "leave it out: it is stopped and started")
+        elif model.get("device") == "none":
+            tree.add((*path, "sleep"), "this model is never swapped out (device: none)", "leave it out")
+    if model.get("pin") is True and model.get("device") == "none":
+        tree.add((*path, "pin"), "this model is never swapped out (device: none)", "leave it out", at_key=True)
+    if "idle" in model and model.get("ttl") is None and model.get("idle") != "keep":
+        tree.add((*path, "idle"), "says what happens after 'ttl', which is not given", "e.g. ttl: 1800", at_key=True)
 
 
 def _values(tree: Tree, path: Path, model: dict[str, Any]) -> None:

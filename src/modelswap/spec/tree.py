@@ -177,6 +177,8 @@ class _Walk:
             return ""
         if tag != _STANDARD + "null" and plain and shape.takes_scalars_as_written(path):
             return text
+        if plain and text in shape.choices(path):
+            return text  # YAML 1.1 takes on and off for true and false
         match tag.removeprefix(_STANDARD):
             case "null":
                 return None
