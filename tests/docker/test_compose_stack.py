@@ -142,18 +142,15 @@ async def test_engines_are_not_published(adopted: ComposeStack) -> None:
         assert host["RestartPolicy"]["Name"] in ("no", "")
 
 
-async def test_the_model_cache_can_be_shared(adopted: ComposeStack) -> None:
-    """What the orchestrator's user writes into a fresh model cache is there for an engine, which is root."""
+async def test_weights_are_downloaded_ahead(adopted: ComposeStack) -> None:
+    """The orchestrator's user downloads into the fresh model cache, and an engine, which is root, finds it there."""
     await adopted.swap("mistral")
-    await docker(
-        "exec",
-        adopted.container,
-        "sh",
-        "-c",
-        "mkdir -p /var/cache/huggingface/hub && touch /var/cache/huggingface/hub/it",
-    )
+    folder = "hub/models--" + WEIGHTS["mistral"].replace("/", "--")
+    owner = await docker("exec", adopted.container, "stat", "-c", "%u", f"/var/cache/huggingface/{folder}")
+    assert owner == "10001\n"
     engine = (await adopted.engine_containers())["mistral"]
-    assert await docker("exec", engine, "ls", "/root/.cache/huggingface/hub") == "it\n"
+    files = await docker("exec", engine, "sh", "-c", f"ls /root/.cache/huggingface/{folder}/snapshots/*")
+    assert files.split() == ["config.json", "model.safetensors"]
 
 
 async def count(stream: Any) -> tuple[int, str | None]:

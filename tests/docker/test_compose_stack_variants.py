@@ -41,6 +41,7 @@ async def test_behind_the_socket_proxy(variant: str, tmp_path: Path) -> None:
         assert await call(stack, "GET", "/version") == 200
         for method, path in FORBIDDEN + ([] if stack.managed else CREATING):
             assert await call(stack, method, path) == 403, (method, path)
+        assert "POST /build" in await stack.compose("logs", "docker-proxy")  # what is refused is told
         gateway = (await stack.compose("ps", "--quiet", "api-gateway")).strip()
         assert await call(stack, "GET", "/version", gateway) is None  # not on that network
     assert await stack.leftovers() == []
