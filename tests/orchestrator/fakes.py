@@ -19,6 +19,7 @@ from modelswap.engines.base import Address, Diagnosis, Launch, Place, Readiness,
 from modelswap.orchestrator.facts import Configured
 from modelswap.orchestrator.hosting import Hosted, Outside, engine_session
 from modelswap.orchestrator.journal import Journal
+from modelswap.orchestrator.measurements import Measurements
 from modelswap.orchestrator.service import Parts, Service, running
 from modelswap.orchestrator.store import Store
 from modelswap.protocol.errors import ModelswapError
@@ -346,6 +347,7 @@ class World:
         self.events: list[events.Event] = []
         self.store = Store(folder / "modelswap.db")
         self.journal = Journal(self.store)
+        self.measurements = Measurements(self.store)
         self.outside: Outside
 
     def host(self, instance: str = "a.1.1", model: str = "a", **settings: Any) -> Hosted:
@@ -380,6 +382,7 @@ async def world(folder: Path) -> AsyncIterator[World]:
                 device=made.device,
                 http=http,
                 journal=made.journal,
+                measurements=made.measurements,
                 post=made.events.append,
                 clock=time.monotonic,
             )

@@ -47,7 +47,7 @@ async def test_status_tells_everything(api: Api) -> None:
     swaps = status["last_swaps"]
     assert isinstance(swaps, list)
     assert (swaps[0]["source"], swaps[0]["target"], swaps[0]["outcome"]) == ("b", "a", "ok")
-    assert set(swaps[0]["phases"]) == {"drain", "out", "release", "in"} and swaps[0]["at"] > 0
+    assert set(swaps[0]["phases"]) == {"drain", "out", "release", "in", "canary"} and swaps[0]["at"] > 0
     (instance,) = status["instances"]
     assert (instance["model"], instance["state"], instance["resident"]) == ("a", "ready", True)
     (device,) = status["devices"]

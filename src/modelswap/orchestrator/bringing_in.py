@@ -15,8 +15,11 @@ from pydantic import ByteSize
 
 from modelswap.core import events
 from modelswap.engines.base import Address, CanaryFailed, Diagnosis, Engine, Launch, Readiness
+from modelswap.orchestrator import sleepers
 from modelswap.orchestrator.endings import ended_from_outside, exit_code, failed_start
+from modelswap.orchestrator.hooks import run_hooks
 from modelswap.orchestrator.hosting import Hosted, Outside, pause, told
+from modelswap.orchestrator.proving import prove_cold
 from modelswap.orchestrator.stopping import stop_grace, stop_surely
 from modelswap.protocol.errors import Code, ModelswapError
 from modelswap.runtimes.base import Exit, NotPrepared, Running, StartFailed, StartOrder
@@ -24,7 +27,6 @@ from modelswap.spec.config import Model
 
 POLL_LIMIT: Final = 5.0
 """How long an engine may take to say whether it is ready, in seconds."""
-CANARY_LIMIT: Final = 120.0
 LAST_WORDS: Final = 0.5
 """How long after a broken connection the engine's end may be seen, in seconds."""
 TURNING_AWAY_LIMIT: Final = 60.0
@@ -58,13 +60,18 @@ async def bring_in(outside: Outside, hosted: Hosted, *, adopted: bool) -> None:
 
 
 async def _bring_in(outside: Outside, hosted: Hosted, *, adopted: bool) -> None:
+    began = outside.clock()
+    free: int | None = None
     try:
         limit = asyncio.timeout(hosted.spec.start_timeout)
         try:
             async with limit:
                 if not adopted:
+                    await run_hooks(outside, hosted, "before_load")
+                    free = await _free(outside, hosted)
                     await _start(outside, hosted)
                 slots = await _prove(outside, hosted)
+                await run_hooks(outside, hosted, "after_load")
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -89,12 +96,42 @@ async def _bring_in(outside: Outside, hosted: Hosted, *, adopted: bool) -> None:
         hosted.slots = slots
         hosted.ready = True
         outside.journal.opened(hosted.instance, slots)
+        mechanism = hosted.running.mechanism if hosted.running is not None else "cold"
+        if not adopted:
+            await _measured(outside, hosted, mechanism, outside.clock() - began, free)
         address = _address(hosted)
         outside.post(
             events.BroughtIn(
-                at=outside.clock(), instance=hosted.instance, host=address.host, port=address.port, slots=slots
+                at=outside.clock(),
+                instance=hosted.instance,
+                host=address.host,
+                port=address.port,
+                slots=slots,
+                mechanism=mechanism,
             )
         )
+
+
+async def _free(outside: Outside, hosted: Hosted) -> int | None:
+    """Return what is free on the device but for sleepers, if it is of interest; None if that can't be read."""
+    if not hosted.engine.sleep_levels(hosted.spec):
+        return None
+    try:
+        reading = await outside.device.read()
+    except ModelswapError:  # it matters when it is put to sleep, and may be readable then
+        return None
+    return None if reading is None else reading.free + sleepers.residues(outside)
+
+
+async def _measured(outside: Outside, hosted: Hosted, mechanism: str, seconds: float, free: int | None) -> None:
+    """Keep what a start took, in seconds and in bytes of its device."""
+    outside.measurements.took(hosted.model, hosted.definition, mechanism, seconds)
+    if free is None:
+        return
+    after = await _free(outside, hosted)
+    if after is not None:
+        hosted.held = max(free - after, 0)
+        sleepers.used(outside, hosted)
 
 
 async def _start(outside: Outside, hosted: Hosted) -> None:
@@ -187,8 +224,7 @@ async def _prove(outside: Outside, hosted: Hosted) -> int:
 async def _ready_and_tested(outside: Outside, hosted: Hosted, running: Running) -> Readiness:
     readiness = await _ready(outside, hosted, running)
     _stage(outside, hosted, "canary", None)
-    async with asyncio.timeout(CANARY_LIMIT):
-        await hosted.engine.canary(outside.http, hosted.model, hosted.spec, running.address)
+    await prove_cold(outside, hosted, running.address)
     return readiness
 
 

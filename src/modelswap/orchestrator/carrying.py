@@ -11,14 +11,24 @@ import structlog
 
 from modelswap.core import effects, events
 from modelswap.core.states import InstanceState
-from modelswap.orchestrator import appearances, bringing_in, preparing, putting_out, releasing, watching
+from modelswap.core.swap import Phase, SwapOutcome, SwapRecord
+from modelswap.orchestrator import (
+    appearances,
+    bringing_in,
+    preparing,
+    putting_out,
+    releasing,
+    sleeping,
+    waking,
+    watching,
+)
 from modelswap.orchestrator.answers import Answers
 from modelswap.orchestrator.facts import Configured
 from modelswap.orchestrator.feed import Feed
 from modelswap.orchestrator.history import History
 from modelswap.orchestrator.hosting import Hosted, Outside, Preparing
 from modelswap.orchestrator.links import Links
-from modelswap.orchestrator.metrics import Metrics
+from modelswap.orchestrator.metrics import CANARY, Metrics
 from modelswap.orchestrator.preparing import NoWeights, Weights
 from modelswap.orchestrator.tasks import Tasks
 from modelswap.protocol.errors import Code
@@ -54,6 +64,10 @@ class Carrier:
                 self.metrics.ticket_ended(effect.model, effect.outcome, effect.waited)
             case effects.BringIn():
                 self._bring_in(effect)
+            case effects.Sleep():
+                self._sleep(effect)
+            case effects.Wake():
+                self._wake(effect)
             case effects.PutOut():
                 work = putting_out.put_out(self.outside, effect.instance, kill=effect.kill)
                 self.tasks.start(work, f"put out {effect.instance}")
@@ -61,7 +75,8 @@ class Carrier:
                 hosted = self.outside.hosted.get(effect.instance)
                 unwatched = hosted is not None and (hosted.watch is None or hosted.watch.done())
                 if hosted is not None and hosted.running is not None and unwatched:
-                    hosted.watch = self.tasks.start(watching.watch(self.outside, hosted), f"watch {effect.instance}")
+                    work = watching.watch(self.outside, hosted, asleep=effect.asleep)
+                    hosted.watch = self.tasks.start(work, f"watch {effect.instance}")
             case effects.Prepare():
                 self._prepare(effect)
             case effects.TurnAway():
@@ -123,6 +138,26 @@ class Carrier:
             self.take_up(hosted.running)
         work = bringing_in.bring_in(self.outside, hosted, adopted=effect.adopted)
         hosted.job = self.tasks.start(work, f"bring in {effect.instance}")
+
+    def _sleep(self, effect: effects.Sleep) -> None:
+        hosted = self.outside.hosted.get(effect.instance)
+        if hosted is None or hosted.running is None:
+            message = "nothing of it runs"
+            self.outside.post(events.SleepFailed(at=self.outside.clock(), instance=effect.instance, message=message))
+            return
+        timeout = self.configured().config.device.release_timeout
+        work = sleeping.fall_asleep(self.outside, hosted, effect.level, timeout)
+        hosted.job = self.tasks.start(work, f"sleep {effect.instance}")
+
+    def _wake(self, effect: effects.Wake) -> None:
+        hosted = self.outside.hosted.get(effect.instance)
+        if hosted is None or hosted.running is None:
+            message = "nothing of it runs"
+            self.outside.post(events.WakeFailed(at=self.outside.clock(), instance=effect.instance, message=message))
+            return
+        timeout = self.configured().config.device.release_timeout
+        work = waking.wake(self.outside, hosted, effect.level, timeout)
+        hosted.job = self.tasks.start(work, f"wake {effect.instance}")
 
     def take_up(self, running: Running) -> None:
         """Note that an instance that somebody else has started goes on as one of ours."""
@@ -189,17 +224,30 @@ class Carrier:
 
     def _verify_released(self, effect: effects.VerifyReleased) -> None:
         configured = self.configured()
+        sleepers = (one for one in self.outside.hosted.values() if one.asleep and one.model == effect.model)
         work = releasing.verify_released(
             self.outside,
             effect.device,
             configured.config.device,
             configured.config.models.get(effect.model),
             configured.engines.get(effect.model),
+            next((one for one in sleepers if not (one.leaving or one.given_up)), None),
         )
         self.tasks.start(work, f"verify released {effect.device}")
 
+    def _with_canary(self, record: SwapRecord) -> SwapRecord:
+        """Return the record with the canary as a phase of its own, not part of the coming in."""
+        taken = record.phases.get(Phase.IN)
+        if record.outcome is not SwapOutcome.OK or taken is None:
+            return record
+        came = next((one for one in self.outside.hosted.values() if one.model == record.target and one.ready), None)
+        if came is None or not came.canary_seconds:
+            return record
+        canary = min(came.canary_seconds, taken)
+        return msgspec.structs.replace(record, phases={**record.phases, Phase.IN: taken - canary, CANARY: canary})
+
     def _swap_ended(self, effect: effects.SwapEnded) -> None:
-        record = effect.record
+        record = self._with_canary(effect.record)
         self.history.add(record)
         self.metrics.swap_ended(record)
         _log.info(
@@ -207,8 +255,10 @@ class Carrier:
             source=record.source,
             target=record.target,
             mechanism=record.mechanism,
+            out=record.out,
             outcome=str(record.outcome),
             seconds=round(record.seconds, 3),
+            queue_seconds=round(record.queue, 3),
             message=record.message.partition("\n")[0],
             **{f"{phase}_seconds": round(seconds, 3) for phase, seconds in record.phases.items()},
         )

@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import aiohttp
+import psutil
 import structlog
 
 from modelswap.core.events import Event
 from modelswap.devices.base import Device
 from modelswap.engines.base import Address, Engine
+from modelswap.orchestrator import hostmemory
+from modelswap.orchestrator.budget import Ranking
 from modelswap.orchestrator.journal import Journal
+from modelswap.orchestrator.measurements import Measurements
 from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.base import Exit, Running, Runtime
 from modelswap.spec.config import Model
@@ -46,10 +50,24 @@ class Hosted:
     slots: int = 0
     ready: bool = False
     job: asyncio.Task[None] | None = None
-    """Its bringing-in, while that goes on."""
+    """Its bringing-in, falling asleep or waking, while that goes on."""
     watch: asyncio.Task[None] | None = None
     leaving: bool = False
     """It is being put out: what it does now is no news."""
+    canary_seconds: float = 0.0
+    """What proving its answers took, the last time that it came in."""
+    held: int | None = None
+    """Bytes that it took of the device while awake, as far as that could be read."""
+    asleep: int = 0
+    """The level that it sleeps at, 0 while it is awake; also while it falls asleep or wakes."""
+    residue: int = 0
+    """Bytes that it holds on the device while asleep."""
+    host_bytes: int = 0
+    """Host memory that counts against the budget for it: reserved before its first sleep, and kept until it ends."""
+    rounds: int = 0
+    """How many times it has slept and woken."""
+    given_up: bool = False
+    """The scheduler has been asked to stop it in its sleep."""
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +82,18 @@ class Preparing:
     job: asyncio.Task[None] | None = None
 
 
+@dataclass(slots=True, kw_only=True)
+class HostMemory:
+    """What may be spent on sleepers and standbys; see `hostmemory.spare`. Bytes."""
+
+    budget: Callable[[], int | None] = lambda: None
+    """The config's; None: whatever is safe."""
+    available: Callable[[], int] = hostmemory.available
+    total: int = field(default_factory=lambda: int(psutil.virtual_memory().total))
+    standbys: Callable[[], int] = lambda: 0
+    """What standbys take now."""
+
+
 @dataclass(slots=True, eq=False)
 class Outside:
     """The outside world, as executors see it. ``post`` gives the scheduler an event; ``clock`` is its clock."""
@@ -72,8 +102,11 @@ class Outside:
     device: Device
     http: aiohttp.ClientSession
     journal: Journal
+    measurements: Measurements
     post: Callable[[Event], None]
     clock: Callable[[], float]
+    memory: HostMemory = field(default_factory=HostMemory)
+    ranking: Ranking = field(default_factory=Ranking)
     hosted: dict[str, Hosted] = field(default_factory=dict)
     free_when_empty: int | None = None
     """Bytes that were free on the device when it was last verified with nothing of ours on it."""

@@ -17,6 +17,9 @@ SWAP_BUCKETS: Final = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 20, 
 WAIT_BUCKETS: Final = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 PREPARE_BUCKETS: Final = (0.05, 0.25, 1, 5, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
 LAG_BUCKETS: Final = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5)
+CANARY: Final = "canary"
+"""The phase in which a model that came in proves that it answers."""
+QUEUE: Final = "queue"
 NONE: Final = "none"
 """The label of no model: nothing was put out, or nothing was brought in."""
 _PAIRS_UP_TO: Final = 12
@@ -90,7 +93,7 @@ class Metrics:
         self._foreign_starts = self._counter(
             "modelswap_foreign_starts_total", "Engines that somebody else has started", "model", "outcome"
         )
-        for phase in Phase:
+        for phase in (QUEUE, *Phase, CANARY):
             self._phase_seconds.labels(phase)
         for outcome in ("adopted", "resumed", "killed"):
             self._adoptions.labels(outcome)
@@ -136,6 +139,7 @@ class Metrics:
         self._swaps.labels(source, target, record.mechanism, record.outcome).inc()
         if record.outcome is SwapOutcome.OK and record.target is not None:
             self._swap_seconds.observe(record.seconds)
+        self._phase_seconds.labels(QUEUE).observe(record.queue)
         for phase, seconds in record.phases.items():
             self._phase_seconds.labels(phase).observe(seconds)
 

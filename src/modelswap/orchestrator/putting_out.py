@@ -8,7 +8,9 @@ from typing import Final
 import structlog
 
 from modelswap.core import events
+from modelswap.orchestrator.hooks import run_hooks
 from modelswap.orchestrator.hosting import Hosted, Outside, pause
+from modelswap.orchestrator.measurements import STOP
 from modelswap.orchestrator.stopping import stop_grace, stop_surely
 from modelswap.orchestrator.tasks import cancel
 
@@ -26,9 +28,16 @@ async def put_out(outside: Outside, instance: str, *, kill: bool) -> None:
         await cancel(hosted.job)
         await cancel(hosted.watch)
         if hosted.running is not None:
-            if hosted.ready and not kill:
+            served = hosted.ready and not kill and not hosted.asleep
+            if served:
                 await _quiet(outside, hosted)
+                await run_hooks(outside, hosted, "before_unload")
+            began = outside.clock()
             await stop_surely(outside, hosted, hosted.running, 0.0 if kill else stop_grace(hosted))
+            if served:
+                outside.measurements.took(hosted.model, hosted.definition, STOP, outside.clock() - began)
+            if hosted.ready and not hosted.asleep:
+                await run_hooks(outside, hosted, "after_unload")
         outside.hosted.pop(instance, None)
     outside.post(events.PutOut(at=outside.clock(), instance=instance))
 

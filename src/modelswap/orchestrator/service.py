@@ -25,6 +25,7 @@ from modelswap.orchestrator.history import History
 from modelswap.orchestrator.hosting import Hosted, Outside, engine_session
 from modelswap.orchestrator.journal import Journal
 from modelswap.orchestrator.links import Links
+from modelswap.orchestrator.measurements import Measurements
 from modelswap.orchestrator.metrics import Metrics
 from modelswap.orchestrator.preparing import NoWeights, Weights
 from modelswap.orchestrator.shell import Shell
@@ -299,14 +300,17 @@ async def running(config_path: Path, config: Config, parts: Parts) -> AsyncItera
         stack.push_async_callback(store.close)
         journal = Journal(store)
         history = History(store)
+        measurements = Measurements(store)
         generation = await journal.begin()
         await history.begin()
+        await measurements.begin()
         http = await stack.enter_async_context(engine_session())
         outside = Outside(
             runtime=parts.runtime,
             device=parts.device,
             http=http,
             journal=journal,
+            measurements=measurements,
             post=lambda event: service.post(event),
             clock=parts.clock,
         )

@@ -20,12 +20,15 @@ _LEAST_HEALTH_LIMIT: Final = 5.0
 _log = structlog.get_logger(__name__)
 
 
-async def watch(outside: Outside, hosted: Hosted) -> None:
-    """Report `events.Died` when the instance ends, or misses three health checks in a row."""
+async def watch(outside: Outside, hosted: Hosted, *, asleep: bool = False) -> None:
+    """Report `events.Died` when the instance ends, or misses three health checks in a row.
+
+    One that is ``asleep`` isn't asked: some engines answer that they are well then, others run a request for it.
+    """
     running = hosted.running
     assert running is not None  # noqa: S101 - for the type checker: only what runs is watched
     ended = asyncio.ensure_future(outside.ended(running))
-    checks = asyncio.ensure_future(_checks(outside, hosted, running))
+    checks = asyncio.ensure_future(_checks(outside, hosted, running, asleep=asleep))
     try:
         await asyncio.wait({ended, checks}, return_when=asyncio.FIRST_COMPLETED)
         reason = death(hosted, ended.result()) if ended.done() else checks.result()
@@ -38,12 +41,12 @@ async def watch(outside: Outside, hosted: Hosted) -> None:
         outside.post(events.Died(at=outside.clock(), instance=hosted.instance, message=message))
 
 
-async def _checks(outside: Outside, hosted: Hosted, running: Running) -> str:
+async def _checks(outside: Outside, hosted: Hosted, running: Running, *, asleep: bool) -> str:
     """Ask for its health until it hangs; returns that in words."""
     misses = 0
     while misses < MISSES:
         interval = hosted.spec.health_interval
-        if interval <= 0:
+        if interval <= 0 or asleep:
             # Looked at again now and then: the config may be loaded anew.
             await asyncio.sleep(60.0)
             continue

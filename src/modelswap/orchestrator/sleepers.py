@@ -1,0 +1,205 @@
+"""What sleepers cost, and which of them are given up for it.
+
+The host memory of a sleeper is reserved before it sleeps for the first time, and counts until its process ends: what
+was pinned for it is kept while it is awake.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+import psutil
+import structlog
+
+from modelswap.core import events
+from modelswap.engines.programs import local
+from modelswap.orchestrator import hostmemory
+from modelswap.orchestrator.budget import Sleeper
+from modelswap.orchestrator.hosting import Hosted, Outside, pause
+from modelswap.orchestrator.measurements import COLD, sleeping, waking
+from modelswap.runtimes.base import Running
+from modelswap.spec.config import Model
+
+LOOK_EVERY: Final = 1.0
+RESERVE_LIMIT: Final = 15.0
+"""How long the end of other sleepers may be waited for before one is put to sleep in their place, in seconds."""
+PINNED: Final = 1.5
+"""Host memory that a sleeper's weights take, in times their size: blocks are rounded up to powers of two."""
+SLACK: Final = 1.1
+"""What was measured may come to so much more the next time."""
+CLEARLY: Final = 1.1
+"""A sleeper is given up only for one that is worth so many times as much; else they would take turns for nothing."""
+USUAL_PROCESS: Final = 2 << 30
+"""Host memory that an engine's processes take besides weights, where they can't be looked at."""
+USUAL_RESIDUE: Final = 3 << 29
+"""Device memory that a sleeper keeps (context, graphs) until it is measured: 1.5 GiB."""
+
+_WEIGHTS: Final = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
+_log = structlog.get_logger(__name__)
+
+
+def sleepers(outside: Outside, *, but: str = "") -> list[Sleeper]:
+    """Return what sleeps and could be given up: not what falls asleep, wakes or is being stopped. ``but``: nor this."""
+    return [
+        Sleeper(instance=one.instance, model=one.model, host=one.host_bytes, residue=one.residue)
+        for one in outside.hosted.values()
+        if one.asleep and one.instance != but and not (one.given_up or one.leaving or _busy(one))
+    ]
+
+
+def residues(outside: Outside, *, but: str = "") -> int:
+    """Return the device bytes that sleepers hold, those on their way out included; ``but``: not this one."""
+    return sum(one.residue for one in outside.hosted.values() if one.asleep and one.instance != but)
+
+
+def spent(outside: Outside, *, but: str = "") -> int:
+    """Return the host bytes that count against the budget: sleepers', and standbys'."""
+    own = sum(one.host_bytes for one in outside.hosted.values() if one.instance != but)
+    return own + outside.memory.standbys()
+
+
+def spare(outside: Outside) -> int:
+    """Return the host bytes that may still be spent on being quick; negative if too many are."""
+    memory = outside.memory
+    return hostmemory.spare(memory.budget(), spent(outside), memory.available(), memory.total)
+
+
+def room(outside: Outside, hosted: Hosted, size: int, current: int) -> int:
+    """Return the host bytes that are left over if an instance sleeps with ``size`` of them; negative: that many miss.
+
+    ``current`` is what its processes take already.
+    """
+    memory = outside.memory
+    budget = memory.budget()
+    free = memory.available() - max(0, size - current)
+    return hostmemory.spare(budget, spent(outside, but=hosted.instance) + size, free, memory.total)
+
+
+async def expected_host(outside: Outside, hosted: Hosted, level: int) -> tuple[int, int]:
+    """Return the host bytes that an instance is expected to take asleep, and what it takes now."""
+    current = await asyncio.to_thread(process_bytes, hosted.running)
+    known = outside.measurements.of(hosted.model, hosted.definition, sleeping(level)).host
+    if known is not None:
+        return max(int(known * SLACK), hosted.host_bytes), current
+    weights = 0
+    if level == 1:
+        on_disk = await asyncio.to_thread(weight_bytes, hosted.spec)
+        weights = int(PINNED * (_held(hosted) if on_disk is None else on_disk))
+    return max(current, 0 if hosted.running and hosted.running.pid else USUAL_PROCESS) + weights, current
+
+
+async def reserve(outside: Outside, hosted: Hosted, size: int, current: int) -> bool:
+    """Have ``size`` bytes of host memory count for an instance; sleepers that are worth less go for it.
+
+    Returns whether there is room, at the latest after `RESERVE_LIMIT`; until then, nothing counts for it that didn't.
+    """
+    began = outside.clock()
+    while (missing := -room(outside, hosted, size, current)) > 0:
+        leaving = sum(one.host_bytes for one in outside.hosted.values() if one.given_up)
+        if leaving < missing:
+            candidates = sleepers(outside, but=hosted.instance)
+            own = outside.ranking.credit(hosted.model)
+            victims = outside.ranking.victims(candidates, need_host=missing - leaving)
+            if not victims or any(outside.ranking.credit(victim.model) * CLEARLY > own for victim in victims):
+                return False
+            give_up(outside, victims, f"its host memory is needed for {hosted.model}")
+        if outside.clock() - began > RESERVE_LIMIT:
+            return False
+        await asyncio.sleep(pause(outside.clock() - began))
+    hosted.host_bytes = size
+    return True
+
+
+def give_up(outside: Outside, victims: Iterable[Sleeper], reason: str) -> None:
+    """Have sleepers stopped."""
+    for victim in victims:
+        hosted = outside.hosted.get(victim.instance)
+        if hosted is None or hosted.given_up:
+            continue
+        hosted.given_up = True
+        outside.ranking.dropped(victim.model)
+        _log.info("sleeper given up", model=victim.model, instance=victim.instance, reason=reason)
+        outside.post(events.DropSleeper(at=outside.clock(), instance=victim.instance, reason=reason))
+
+
+def keep_within(outside: Outside) -> None:
+    """Give up sleepers, the least worth first, if more host memory is spent than may be."""
+    leaving = sum(one.host_bytes for one in outside.hosted.values() if one.given_up)
+    short = -spare(outside) - leaving
+    if short > 0:
+        victims = outside.ranking.victims(sleepers(outside), need_host=short, partly=True)
+        give_up(outside, victims, "host memory is short")
+
+
+async def watch_host_memory(outside: Outside) -> None:
+    """Look every second whether host memory is short, until cancelled."""
+    while True:
+        await asyncio.sleep(LOOK_EVERY)
+        keep_within(outside)
+
+
+def used(outside: Outside, hosted: Hosted) -> None:
+    """Note that a model was asked for, for the ranking."""
+    known = outside.measurements
+    level = hosted.asleep or 1
+    cold = known.seconds(hosted.model, hosted.definition, COLD) or 0.0
+    awake = known.of(hosted.model, hosted.definition, waking(level))
+    saved = cold - (awake.steady if awake.steady is not None else awake.first or 0.0)
+    size = known.of(hosted.model, hosted.definition, sleeping(level)).host or hosted.host_bytes or USUAL_PROCESS
+    outside.ranking.used(hosted.model, saved, size)
+
+
+def process_bytes(running: Running | None) -> int:
+    """Return the host memory of an instance's processes, shared pages divided among their users; 0 if unknown.
+
+    Blocks for some milliseconds per process.
+    """
+    if running is None or not running.pid:
+        return 0
+    try:
+        first = psutil.Process(running.pid)
+        processes = [first, *first.children(recursive=True)]
+    except psutil.Error:
+        return 0
+    return sum(_bytes_of(process) for process in processes)
+
+
+def weight_bytes(spec: Model) -> int | None:
+    """Return the size of a model's weights if they lie in a file or folder that it names; None if they don't.
+
+    Blocks for the reading of a folder.
+    """
+    named = local(spec.model or "", spec)
+    if named is None:
+        return None
+    path = (spec.cwd or Path()) / named
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in _WEIGHTS]
+    try:
+        return sum(file.stat().st_size for file in files) or None
+    except OSError:
+        return None
+
+
+def _held(hosted: Hosted) -> int:
+    """Return the device bytes that an instance was given, the most that its weights can be."""
+    if hosted.spec.memory is not None:
+        return int(hosted.spec.memory)
+    return hosted.held or 0
+
+
+def _busy(hosted: Hosted) -> bool:
+    return hosted.job is not None and not hosted.job.done()
+
+
+def _bytes_of(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except (psutil.Error, AttributeError):  # not ours to look at so closely, or a system that has no such number
+        pass
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:
+        return 0
