@@ -16,7 +16,7 @@ from modelswap.protocol.errors import Code
 from modelswap.runtimes.base import Exit, Known, NotPrepared, Running, StartFailed, StartOrder, Unkillable
 from modelswap.runtimes.docker import client
 from modelswap.runtimes.docker.client import DockerAway
-from modelswap.runtimes.docker.opening import open_runtime, remains
+from modelswap.runtimes.docker.opening import open_runtime
 from modelswap.runtimes.docker.runtime import DockerRuntime
 from modelswap.spec import config
 from modelswap.spec.config import Model
@@ -201,10 +201,11 @@ async def test_a_refused_start_leaves_no_trace(fake: FakeDocker, runtime: Docker
     fake.fault = failing("/start", times=1)
     with pytest.raises(StartFailed, match="it hurts"):
         await started(runtime)
-    assert not remains(tmp_path / "state")
+    records = tmp_path / "state" / "docker" / "starts"
+    assert not list(records.glob("*.json"))
     assert await runtime.instances() == []
     await started(runtime, "i2")
-    assert remains(tmp_path / "state")
+    assert [path.stem for path in records.glob("*.json")] == ["i2"]
 
 
 @pytest.mark.parametrize(

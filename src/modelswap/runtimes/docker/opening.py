@@ -96,11 +96,6 @@ async def open_runtime(
         yield runtime
 
 
-def remains(state_dir: Path) -> bool:
-    """Return whether an earlier run has started containers that it may have left."""
-    return any((state_dir / _FOLDER / "starts").glob("*.json"))
-
-
 def _owner(folder: Path) -> str:
     try:
         return owner_id(folder)
