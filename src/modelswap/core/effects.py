@@ -152,7 +152,10 @@ class SwapEnded(Effect, frozen=True):
 
 
 class Transitioned(Effect, frozen=True):
-    """An instance changed its state; for the journal and for events. ``cause`` is the event's name and detail."""
+    """An instance changed its state; for the journal and for events. ``cause`` is the event's name and detail.
+
+    ``asleep`` is the level at which it sleeps from now on, 0 if it doesn't.
+    """
 
     instance: str
     model: str
@@ -162,6 +165,7 @@ class Transitioned(Effect, frozen=True):
     definition: str = ""
     host: str = ""
     port: int = 0
+    asleep: int = 0
 
 
 class TicketEnded(Effect, frozen=True):

@@ -165,8 +165,8 @@ class Scheduler:
         instance.definition, instance.adopted = event.definition, True
         instance.host, instance.port, instance.slots = event.host, event.port, event.slots
         if event.asleep:
-            world.transition(instance, InstanceState.ASLEEP, "adopted asleep")
             instance.asleep = event.asleep
+            world.transition(instance, InstanceState.ASLEEP, "adopted asleep")
         elif event.ready:
             world.transition(instance, InstanceState.READY, "adopted")
             instance.ready_at = world.now

@@ -33,9 +33,7 @@ def begin(world: World, drained: Instance, depth: int) -> None:
 
 def slept(world: World, instance: Instance) -> None:
     """Note that an instance sleeps. Its memory counts as free only after it was verified."""
-    depth = instance.falling
-    world.transition(instance, InstanceState.ASLEEP, f"drained, asleep at level {depth}")
-    instance.asleep = depth
+    world.transition(instance, InstanceState.ASLEEP, f"drained, asleep at level {instance.falling}")
     world.soil(instance)
     watch(world, instance)
 

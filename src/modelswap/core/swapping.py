@@ -124,7 +124,7 @@ def bring_in_failed(
     that found itself ``unprepared`` is prepared once more first, at most ``unprepared_forgiven`` times.
     """
     device = world.devices[instance.device]
-    device.stuck = ""
+    _unstick(device, instance)
     world.transition(instance, InstanceState.FAILED, message.partition("\n")[0])
     world.soil(instance)
     model = world.models.get(instance.model)
@@ -145,7 +145,7 @@ def wake_failed(world: World, instance: Instance, message: str) -> None:
     After more than ``wakes_forgiven`` in a row it doesn't sleep any more.
     """
     device = world.devices[instance.device]
-    device.stuck = ""
+    _unstick(device, instance)
     world.transition(instance, InstanceState.FAILED, message.partition("\n")[0])
     world.soil(instance)
     world.clear_failed(instance)
@@ -190,7 +190,7 @@ def died(world: World, instance: Instance, message: str) -> None:
 def put_out(world: World, instance: Instance) -> None:
     """Note that nothing of an instance runs any more; it is forgotten once its leases have drained too."""
     instance.gone = True
-    world.devices[instance.device].stuck = ""
+    _unstick(world.devices[instance.device], instance)
     settle(world, instance)
 
 
@@ -210,7 +210,7 @@ def settle(world: World, instance: Instance) -> None:
 def put_out_failed(world: World, instance: Instance, message: str) -> None:
     """Mark the device stuck and answer everybody who waits for it: a process can't be killed."""
     device = world.devices[instance.device]
-    device.stuck = message
+    device.stuck, device.stuck_by = message, instance.id
     _refuse_device(world, device, Code.DEVICE_STUCK, message)
 
 
@@ -258,6 +258,12 @@ def stop_at_once(world: World, instance: Instance) -> None:
 
 
 # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _unstick(device: DeviceRecord, gone: Instance) -> None:
+    """Note that a process has gone, which may be the one that couldn't be killed."""
+    if device.stuck_by == gone.id:
+        device.stuck = device.stuck_by = ""
 
 
 def _addressed(world: World) -> bool:

@@ -152,6 +152,8 @@ class DeviceRecord:
     swap: Swap | None = None
     stuck: str = ""
     """Why no memory will come back: a process can't be killed."""
+    stuck_by: str = ""
+    """The instance whose process that is."""
     blocked: str = ""
     """Why memory hasn't come back in time."""
     reconsider_at: float | None = None
@@ -296,10 +298,12 @@ class World:
         instance.story.append(Transition(self.now, before, after, cause))
         instance.state = after
         instance.since = self.now
+        if after is InstanceState.ASLEEP:
+            instance.asleep = instance.asleep or instance.falling
+        elif after is not InstanceState.STOPPING:
+            instance.asleep = 0
         if after is not InstanceState.DRAINING:
             instance.falling = 0
-        if after not in (InstanceState.ASLEEP, InstanceState.STOPPING):
-            instance.asleep = 0
         self.catalog_changed = True
         self.emit(
             effects.Transitioned(
@@ -311,5 +315,6 @@ class World:
                 definition=instance.definition,
                 host=instance.host,
                 port=instance.port,
+                asleep=instance.asleep,
             )
         )

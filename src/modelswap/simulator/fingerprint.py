@@ -121,7 +121,7 @@ class _Canon:
             tuple(
                 (
                     device.dirty,
-                    bool(device.stuck),
+                    (bool(device.stuck), self._id(device.stuck_by or None)),
                     bool(device.blocked),
                     swap
                     and (

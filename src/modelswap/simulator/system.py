@@ -11,8 +11,8 @@ from modelswap.core.scheduler import Scheduler
 from modelswap.core.states import InstanceState
 from modelswap.core.swap import SwapRecord
 from modelswap.protocol.codec import decode_from_gateway, decode_from_orchestrator, encode
-from modelswap.protocol.errors import Code
 from modelswap.protocol.messages import Catalog, Hello, OrchestratorMessage, Progress
+from modelswap.simulator import completing
 from modelswap.simulator.gateway import Gateway
 from modelswap.simulator.links import Link, Nobody, Observer
 from modelswap.simulator.machine import Engine, Machine
@@ -54,7 +54,7 @@ class System:
         self.told_prepared: set[str] = set()
         """Models that this orchestrator has been told are prepared."""
         self._numbers = 0
-        self._facts = {facts.name: facts for facts in setup.models}
+        self.facts = {facts.name: facts for facts in setup.models}
         for name in setup.gateways:
             self.new_gateway(name)
         self.start_orchestrator()
@@ -180,7 +180,7 @@ class System:
             elif start is None and engine.alive and engine.by_hand:
                 appeared.append(engine)
             else:
-                self._bury(instance)
+                self.bury(instance)
         self.journal = {engine.instance: start for start, engine in adopted}
         for start, engine in adopted:
             self.handle(
@@ -231,54 +231,11 @@ class System:
     def complete(self, task: Task, *, well: bool = True) -> None:
         """End a task of the shell (``well``: as hoped)."""
         del self.tasks[task.id]
-        match task.kind:
-            case Kind.BRING_IN:
-                self._brought_in(task, well=well)
-            case Kind.SLEEP:
-                self._slept(task, well=well)
-            case Kind.WAKE:
-                self._woken(task, well=well)
-            case Kind.PUT_OUT if well:
-                self._bury(task.subject)
-                self.handle(events.PutOut(at=self.now, instance=task.subject))
-            case Kind.PUT_OUT:
-                self.handle(events.PutOutFailed(at=self.now, instance=task.subject, message="can't be killed"))
-                self._begin(Kind.PUT_OUT, task.subject, task.model)
-            case Kind.VERIFY if well:
-                for leaving in self._leaving(task.subject):
-                    self._bury(leaving)
-                self.machine.release(task.subject)
-                self.handle(events.Released(at=self.now, device=task.subject))
-            case Kind.VERIFY:
-                self._begin(Kind.VERIFY, task.subject, task.model)
-                self.handle(events.ReleaseFailed(at=self.now, device=task.subject, message="still held"))
-            case Kind.PROBE:
-                engine = self.machine.engines.get(task.subject)
-                healthy = engine is not None and engine.ready
-                self.handle(events.Probed(at=self.now, instance=task.subject, healthy=healthy, message="it is gone"))
-            case Kind.NOTICE_DEATH:
-                self.handle(events.Died(at=self.now, instance=task.subject, message="exited with status 1"))
-            case Kind.PREPARE if well:
-                self.machine.prepared.add(task.subject)
-                self.told_prepared.add(task.subject)
-                self.handle(events.PrepareStage(at=self.now, model=task.subject, definition="v1", stage="pulling"))
-                self.handle(events.Prepared(at=self.now, model=task.subject, definition="v1"))
-            case Kind.PREPARE:
-                self.handle(
-                    events.PrepareFailed(
-                        at=self.now,
-                        model=task.subject,
-                        definition="v1",
-                        code=Code.MODEL_START_FAILED,
-                        message="no such image",
-                    )
-                )
-            case Kind.TURN_AWAY:
-                self._bury(task.subject)
+        completing.complete(self, task, well=well)
 
     def appear(self, model: str) -> None:
         """Have somebody else start a model's engine."""
-        facts = self._facts[model]
+        facts = self.facts[model]
         engine = self.machine.start_by_hand(
             f"{model}.0.{self._number()}", model, facts.definition, facts.device, facts.demand, facts.slots
         )
@@ -295,7 +252,7 @@ class System:
         watched = engine.ready or not engine.holding
         self._cut(self.machine.die(instance))
         if self.scheduler is not None and watched and not self._task_of(instance, Kind.PUT_OUT):
-            self._begin(Kind.NOTICE_DEATH, instance, engine.model)
+            self.begin(Kind.NOTICE_DEATH, instance, engine.model)
         self.check()
 
     # ── what must hold ───────────────────────────────────────────────────────────────────────────────────
@@ -340,7 +297,8 @@ class System:
         if gateway.link is link:
             gateway.closed(self.now)
 
-    def _begin(self, kind: Kind, subject: str, model: str, *, kill: bool = False) -> None:
+    def begin(self, kind: Kind, subject: str, model: str, *, kill: bool = False) -> None:
+        """Have the shell begin a task."""
         task = Task(self._number(), kind, subject, model, kill)
         self.tasks[task.id] = task
         self.observer.began(task)
@@ -374,33 +332,33 @@ class System:
                 if not effect.adopted:
                     self._start(effect)
                 self._claim_alone(effect.instance, Kind.SLEEP)
-                self._begin(Kind.BRING_IN, effect.instance, effect.model)
+                self.begin(Kind.BRING_IN, effect.instance, effect.model)
             case effects.PutOut():
                 self._put_out(effect)
             case effects.Sleep():
-                self._claim_drained(effect.instance)
+                self._claim_unused(effect.instance)
                 self._claim_alone(effect.instance, Kind.BRING_IN, Kind.WAKE)
                 self.machine.engines[effect.instance].falling = True
                 self._cancel(effect.instance, Kind.NOTICE_DEATH)
-                self._begin(Kind.SLEEP, effect.instance, effect.model)
+                self.begin(Kind.SLEEP, effect.instance, effect.model)
             case effects.Wake():
                 self._claim_alone(effect.instance, Kind.SLEEP)
                 self._cancel(effect.instance, Kind.NOTICE_DEATH)
                 self.machine.wake(effect.instance)
-                self._begin(Kind.WAKE, effect.instance, effect.model)
+                self.begin(Kind.WAKE, effect.instance, effect.model)
             case effects.Prepare():
                 claim(self._task_of(effect.model, Kind.PREPARE) is None, f"{effect.model} is prepared twice at once")
                 claim(effect.model not in self.told_prepared, f"{effect.model} is prepared again for nothing")
-                self._begin(Kind.PREPARE, effect.model, effect.model)
+                self.begin(Kind.PREPARE, effect.model, effect.model)
             case effects.TurnAway():
-                self._begin(Kind.TURN_AWAY, effect.instance, effect.model)
+                self.begin(Kind.TURN_AWAY, effect.instance, effect.model)
             case effects.VerifyReleased():
-                self._begin(Kind.VERIFY, effect.device, effect.model)
+                self.begin(Kind.VERIFY, effect.device, effect.model)
             case effects.Probe():
-                self._begin(Kind.PROBE, effect.instance, effect.model)
+                self.begin(Kind.PROBE, effect.instance, effect.model)
             case effects.Watch():
                 if not self.machine.engines[effect.instance].alive:
-                    self._begin(Kind.NOTICE_DEATH, effect.instance, effect.model)
+                    self.begin(Kind.NOTICE_DEATH, effect.instance, effect.model)
             case effects.SwapEnded():
                 self.swaps.append(effect.record)
             case effects.Answer():
@@ -428,7 +386,14 @@ class System:
         self._cancel(effect.instance, Kind.BRING_IN, Kind.SLEEP, Kind.WAKE, Kind.NOTICE_DEATH)
         if not effect.kill:
             self._claim_drained(effect.instance)
-        self._begin(Kind.PUT_OUT, effect.instance, effect.model, kill=effect.kill)
+        self.begin(Kind.PUT_OUT, effect.instance, effect.model, kill=effect.kill)
+
+    def _claim_unused(self, instance: str) -> None:
+        """Assert that no gateway may send anything to an instance any more: it would wait there for ever."""
+        address = self.machine.engines[instance].address
+        for gateway in self.gateways.values():
+            held = [lease for lease in gateway.admission.leases if lease.address == address]
+            claim(not held, f"{instance} is put to sleep while {gateway.name} has {held}")
 
     def _cancel(self, subject: str, *kinds: Kind) -> None:
         while task := self._task_of(subject, *kinds):
@@ -447,30 +412,6 @@ class System:
     def _tell_ways(self) -> None:
         for name in self.setup.sleeping:
             self.handle(events.Ways(at=self.now, model=name, definition="v1", level=LEVEL))
-
-    def _slept(self, task: Task, *, well: bool) -> None:
-        """End falling asleep; an engine that has died, or runs a request that nobody knew of, can't."""
-        engine = self.machine.engines[task.subject]
-        if well and engine.alive and not engine.running:
-            self.machine.sleep(task.subject)
-            self.handle(events.Slept(at=self.now, instance=task.subject))
-        else:
-            engine.falling = False
-            self.handle(events.SleepFailed(at=self.now, instance=task.subject, message="it won't sleep"))
-
-    def _woken(self, task: Task, *, well: bool) -> None:
-        engine = self.machine.engines[task.subject]
-        if well and engine.alive:
-            engine.ready = True
-            host, port = engine.address
-            self.handle(
-                events.BroughtIn(
-                    at=self.now, instance=task.subject, host=host, port=port, slots=engine.slots, mechanism="wake"
-                )
-            )
-        else:
-            self._bury(task.subject)
-            self.handle(events.WakeFailed(at=self.now, instance=task.subject, message="out of memory"))
 
     def _claim_drained(self, instance: str) -> None:
         """Assert that nothing runs on an instance that the orchestrator could know of."""
@@ -497,41 +438,18 @@ class System:
             )
         )
 
-    def _leaving(self, device: str) -> list[str]:
+    def leaving(self, device: str) -> list[str]:
         """Return the engines on a device that are being turned away: its memory isn't free before they have ended."""
         leaving = [task.subject for task in self.tasks.values() if task.kind is Kind.TURN_AWAY]
         return [i for i in leaving if i in self.machine.engines and self.machine.engines[i].device == device]
 
     def _start(self, effect: effects.BringIn) -> None:
-        facts = self._facts[effect.model]
+        facts = self.facts[effect.model]
         claim(not facts.prepare or effect.model in self.told_prepared, f"{effect.instance} starts unprepared")
         self.machine.start(effect.instance, effect.model, effect.definition, facts.device, facts.demand, facts.slots)
 
-    def _brought_in(self, task: Task, *, well: bool) -> None:
-        engine = self.machine.engines.get(task.subject)
-        needed = engine is not None and not engine.by_hand and self._facts[engine.model].prepare
-        unprepared = needed and task.model not in self.machine.prepared
-        if well and engine is not None and engine.alive and not unprepared:
-            engine.ready = True
-            host, port = engine.address
-            self.handle(
-                events.BroughtIn(at=self.now, instance=engine.instance, host=host, port=port, slots=engine.slots)
-            )
-            return
-        self._bury(task.subject)
-        if unprepared:
-            self.told_prepared.discard(task.model)
-        self.handle(
-            events.BringInFailed(
-                at=self.now,
-                instance=task.subject,
-                code=Code.MODEL_START_FAILED,
-                message="it won't start",
-                unprepared=unprepared,
-            )
-        )
-
-    def _bury(self, instance: str) -> None:
+    def bury(self, instance: str) -> None:
+        """End an engine, if it still runs, and forget it."""
         self._cut(self.machine.bury(instance))
 
     def _cut(self, requests: list[Request]) -> None:
