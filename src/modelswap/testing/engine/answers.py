@@ -6,7 +6,7 @@ import binascii
 import hashlib
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -28,14 +28,17 @@ class Voice:
         self.names = names
         self._count = itertools.count()
 
-    def pieces(self, count: int, *, wrong: bool, first_bytes: int | None) -> Iterator[str]:
-        """Yield an answer's ``count`` pieces (tokens): first the model's name, then the instance's id, then words."""
+    def pieces(self, count: int, *, wrong: bool, first_bytes: int | None, anonymous: bool = False) -> Iterator[str]:
+        """Yield an answer's ``count`` pieces (tokens): first the model's name, then the instance's id, then words.
+
+        ``anonymous``: without the instance's id, so that all instances answer the same.
+        """
         for index in range(count):
             if wrong:
                 piece = "\N{REPLACEMENT CHARACTER}!" * 3
             elif index == 0:
                 piece = f"model={self.model}"
-            elif index == 1:
+            elif index == 1 and not anonymous:
                 piece = f" instance={self.instance}"
             else:
                 piece = " " + _WORDS[index % len(_WORDS)]
@@ -53,15 +56,20 @@ class Voice:
             "system_fingerprint": self.instance,
         }
 
-    def completion(self, *, chat: bool, text: str, finish: str, prompt: int, completion: int) -> bytes:
-        """Return a whole chat or text completion."""
+    def completion(
+        self, *, chat: bool, pieces: Sequence[str], finish: str, prompt: int, logprobs: bool = False
+    ) -> bytes:
+        """Return a whole chat or text completion; with ``logprobs`` each token is told."""
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
         if chat:
-            choice["message"] = {"role": "assistant", "content": text}
+            choice["message"] = {"role": "assistant", "content": "".join(pieces)}
         else:
-            choice["text"] = text
+            choice["text"] = "".join(pieces)
+        if logprobs:
+            told = [{"token": piece, "logprob": -0.1, "top_logprobs": []} for piece in pieces]
+            choice["logprobs"] = {"content": told} if chat else {"tokens": list(pieces)}
         envelope = self.envelope("chat.completion" if chat else "text_completion")
-        return msgspec.json.encode(envelope | {"choices": [choice], "usage": usage(prompt, completion)})
+        return msgspec.json.encode(envelope | {"choices": [choice], "usage": usage(prompt, len(pieces))})
 
     def embeddings(self, inputs: list[Any], prompt: int) -> bytes:
         """Return one small embedding for each input, the same for the same input and model."""

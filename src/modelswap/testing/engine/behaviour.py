@@ -41,8 +41,8 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
     """Trickle the response's head over so many seconds."""
 
     # ── failures ──
-    hang: Literal["first_byte", "stream", "health"] | None = None
-    """Fall silent before the first byte, after ``after`` events, or on ``/health``."""
+    hang: Literal["first_byte", "stream", "health", "sleep", "wake"] | None = None
+    """Fall silent before the first byte, after ``after`` events, on ``/health``, or in the middle of sleep or wake."""
     drop: Literal["reused", "first_byte", "stream"] | None = None
     """Close the connection without an answer if it was used before; before the first byte; after ``after`` events."""
     crash: Literal["first_byte", "stream", "load", "sleep", "wake"] | None = None
@@ -55,6 +55,20 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
     """What ``/health`` answers."""
     load: Literal["hang", "oom", "fail"] | None = None
     """Never become ready; die of out-of-memory; die of a permanent mistake in the model."""
+
+    # ── sleep ──
+    sleep: Literal["fail", "ignore"] | None = None
+    """Answer an order to sleep with an error, or with success, and stay awake."""
+    wake: Literal["fail", "oom"] | None = None
+    """Answer an order to wake with an error, or with out-of-memory however much is free, and sleep on."""
+    early_sleep: float | None = None
+    """Say that it sleeps this long before it gives its memory back."""
+    no_rollback: bool = False
+    """A wake that runs out of memory keeps all that there was."""
+    garbled: int | None = None
+    """Answer gibberish after waking from this level, whether its weights were reloaded or not."""
+    nth: int | None = None
+    """Do what these say (and ``hang``, ``crash`` at sleep or wake) in the n-th sleep and n-th wake only, from 1."""
 
     # ── the process ──
     ignore_sigterm: bool = False
@@ -73,7 +87,13 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
 
 USUAL = Behaviour()
 
-_FLAGS = {"child": "child", "connection_close": "true", "wrong": "true", "ignore_sigterm": "true"}
+_FLAGS = {
+    "child": "child",
+    "connection_close": "true",
+    "wrong": "true",
+    "ignore_sigterm": "true",
+    "no_rollback": "true",
+}
 
 
 def overlay(base: Behaviour, over: Behaviour) -> Behaviour:

@@ -127,17 +127,17 @@ class Inference:
             case _:
                 count, finish = self._length(body, behaviour)
                 pieces: list[str] = []
-                async for piece in self._paced(count, behaviour):
+                async for piece in self._paced(count, behaviour, _greedy(body)):
                     if piece is None:
                         finish = "abort"
                         break
                     pieces.append(piece)
                 answer = self._voice.completion(
                     chat=request.path == CHAT,
-                    text="".join(pieces),
+                    pieces=pieces,
                     finish=finish,
                     prompt=prompt,
-                    completion=len(pieces),
+                    logprobs=bool(body.get("logprobs")),
                 )
         await self._send(connection, 200, answer, behaviour)
 
@@ -169,7 +169,7 @@ class Inference:
         if chat:
             yield answers.chunk(envelope, chat=True, piece=None, finish=None)
         done = 0
-        async for piece in self._paced(count, behaviour):
+        async for piece in self._paced(count, behaviour, _greedy(body)):
             if piece is None:
                 finish = "abort"
                 break
@@ -181,14 +181,15 @@ class Inference:
             yield answers.event(envelope | {"choices": [], "usage": answers.usage(_prompt_tokens(request), done)})
         yield b"data: [DONE]\n\n"
 
-    async def _paced(self, count: int, behaviour: Behaviour) -> AsyncIterator[str | None]:
+    async def _paced(self, count: int, behaviour: Behaviour, anonymous: bool) -> AsyncIterator[str | None]:
         """Yield pieces at the set rate; None instead of the rest when the engine aborts what runs."""
         rate = behaviour.tokens_per_second
         rate = self._options.tokens_per_second if rate is None else rate
         clock = asyncio.get_running_loop().time
         begun = clock()
         wrong = behaviour.wrong or self._slumber.garbage
-        for index, piece in enumerate(self._voice.pieces(count, wrong=wrong, first_bytes=behaviour.event_bytes)):
+        pieces = self._voice.pieces(count, wrong=wrong, first_bytes=behaviour.event_bytes, anonymous=anonymous)
+        for index, piece in enumerate(pieces):
             if rate and (early := begun + index / rate - clock()) > 0:
                 await asyncio.sleep(early)
             if not await self._admission.may_go_on():
@@ -226,6 +227,11 @@ def _asked(body: dict[str, Any]) -> Behaviour:
         return msgspec.convert(body.get("sim") or {}, Behaviour)
     except msgspec.ValidationError as error:
         raise Refused(400, answers.error(f"sim: {error}", "BadRequestError", 400, "sim")) from None
+
+
+def _greedy(body: dict[str, Any]) -> bool:
+    """Return whether a request wants the answer that every instance would give."""
+    return body.get("temperature") == 0 and body.get("seed") is not None
 
 
 def _prompt_tokens(request: Request) -> int:

@@ -9,7 +9,7 @@ import sys
 
 from modelswap.testing.engine.behaviour import Behaviour
 from modelswap.testing.engine.options import Options, ledger_path
-from modelswap.testing.ledger import Ledger
+from modelswap.testing.ledger import Ledger, OutOfDeviceMemory
 
 # Ends by a signal only; its own alarm at last, so that a test that was killed leaves nothing behind for ever.
 _HOLDER = "import signal; signal.alarm(900)\nwhile True: signal.pause()"
@@ -44,9 +44,14 @@ class DeviceMemory:
         self._set(self._residue, behaviour, residue=True)
 
     def wake(self, behaviour: Behaviour, *, weights: bool, kv_cache: bool) -> None:
-        """Take what is awake of weights and KV cache; raises `OutOfDeviceMemory`."""
+        """Take what is awake of weights and KV cache; raises `OutOfDeviceMemory`, if told so with all taken."""
         awake = (self._weights if weights else 0) + (self._full - self._weights if kv_cache else 0)
-        self._set(max(awake, self._residue), behaviour)
+        try:
+            self._set(max(awake, self._residue), behaviour)
+        except OutOfDeviceMemory as error:
+            if behaviour.no_rollback:
+                self._set(max(error.free, self._residue), behaviour)
+            raise
 
     def delay_release(self, seconds: float) -> None:
         """From now on, have memory come back late."""

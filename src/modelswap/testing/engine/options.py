@@ -7,10 +7,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import msgspec
 
 from modelswap.testing.engine.behaviour import USUAL, Behaviour, parse_faults
+
+Flavour = Literal["vllm", "sglang"]
+_KEY = "VLLM_API_KEY"
+_DEV_MODE = "VLLM_SERVER_DEV_MODE"
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +51,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     residue_bytes: int | None = None
     """What it holds while asleep. Default: a twentieth."""
     sleepable: bool = False
-    """Serve vLLM's sleep endpoints."""
+    """Serve the sleep endpoints."""
+    flavour: Flavour = "vllm"
+    """Whose endpoints to serve, besides OpenAI's."""
     sleep_seconds: float = 0.0
     wake_seconds: float = 0.0
     quiet: bool = False
@@ -76,7 +83,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--sleepable", action="store_true")
     made.add_argument("--sleep-seconds", type=float, default=0.0)
     made.add_argument("--wake-seconds", type=float, default=0.0)
+    made.add_argument("--flavour", choices=get_args(Flavour), default="vllm")
     made.add_argument("--quiet", action="store_true")
+    real = made.add_argument_group("instead, as vLLM and SGLang take them", "so that their adapters can start it, too")
+    real.add_argument("--served-model-name", nargs="+", metavar="NAME", help="--model and --alias")
+    real.add_argument("--model-path", metavar="IGNORED")
+    real.add_argument("--max-num-seqs", "--max-running-requests", type=int, dest="slots")
+    real.add_argument("--enable-sleep-mode", action="store_true", help=f"--sleepable, with {_DEV_MODE}=1")
+    real.add_argument("--enable-memory-saver", action="store_true", help="--sleepable")
+    real.add_argument("--enable-weights-cpu-backup", action="store_true", help="without it, sleep loses the weights")
     made.add_argument(
         "--fault", action="append", default=[], metavar="KEY[=VALUE]", help="a field of Behaviour; may be repeated"
     )
@@ -92,7 +107,21 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     except msgspec.ValidationError as error:
         reader.error(f"argument --fault: {error}")
     said["aliases"] = tuple(said["aliases"])
+    _as_real_ones_do(said)
     return Options(**said)
+
+
+def _as_real_ones_do(said: dict[str, Any]) -> None:
+    """Put what was said in vLLM's or SGLang's words into ours."""
+    del said["model_path"]
+    if names := said.pop("served_model_name"):
+        said["model"], said["aliases"] = names[0], (*said["aliases"], *names[1:])
+    sleepers = [said.pop("enable_sleep_mode") and os.environ.get(_DEV_MODE) == "1", said.pop("enable_memory_saver")]
+    said["sleepable"] = said["sleepable"] or any(sleepers)
+    backed_up = said.pop("enable_weights_cpu_backup")
+    if sleepers[1] and not backed_up:
+        said["behaviour"] = msgspec.structs.replace(said["behaviour"], garbled=1)
+    said["api_key"] = said["api_key"] or os.environ.get(_KEY)
 
 
 def command(options: Options, *, host: str = "{host}", port: str = "{port}") -> list[str]:

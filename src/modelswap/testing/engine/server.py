@@ -18,12 +18,13 @@ from modelswap.testing.engine.inference import PATHS, Inference
 from modelswap.testing.engine.journal import Log, log_failed, log_out_of_memory
 from modelswap.testing.engine.memory import DeviceMemory
 from modelswap.testing.engine.options import Options, own_instance
-from modelswap.testing.engine.slumber import Slumber
-from modelswap.testing.engine.stats import Report, Stats, metrics
+from modelswap.testing.engine.slumber import Disturbed, Slumber
+from modelswap.testing.engine.stats import Report, Stats, loads, metrics
 from modelswap.testing.engine.wire import Connection, Request
 from modelswap.testing.ledger import OutOfDeviceMemory
 
 _SLEEP_PATHS = frozenset(("/sleep", "/wake_up", "/is_sleeping", "/collective_rpc", "/reset_prefix_cache"))
+_RELEASE_PATHS = frozenset(("/release_memory_occupation", "/resume_memory_occupation"))
 _MODES: dict[str, Mode] = {"abort": "abort", "wait": "wait", "keep": "keep"}
 
 
@@ -53,7 +54,7 @@ class SimEngine:
         self._server: asyncio.Server | None = None
         self._memory = DeviceMemory(options, self.instance)
         admission = Admission(options.slots, self.stats)
-        self._slumber = Slumber(options, self._memory, admission)
+        self._slumber = Slumber(options, self._memory, admission, self._own)
         self._voice = Voice(options.model, self.instance, (options.model, *options.aliases))
         self._inference = Inference(options, self._voice, admission, self._slumber, self.stats, self._crash)
 
@@ -232,7 +233,12 @@ class SimEngine:
             return await _reply(connection, 401, b'{"error":"Unauthorized"}')
         if request.method == "POST" and path in PATHS:
             return await self._inference.answer(request, connection, self._next_faults())
-        if path in _SLEEP_PATHS and self.options.sleepable:
+        if self.options.flavour == "sglang":
+            if path in _RELEASE_PATHS:
+                return await self._release(request, connection)
+            if path in ("/v1/loads", "/get_load", "/server_info", "/get_server_info"):
+                return await _reply(connection, 200, loads(self.stats))
+        elif path in _SLEEP_PATHS and self.options.sleepable:
             return await self._sleep(request, connection)
         match path:
             case "/v1/models":
@@ -261,7 +267,8 @@ class SimEngine:
 
     async def _health(self, connection: Connection) -> None:
         self.stats.health += 1
-        if self.behaviour.hang == "health":
+        generates = self.options.flavour == "sglang" and self.asleep
+        if self.behaviour.hang == "health" or generates:
             await asyncio.get_running_loop().create_future()
         status = self.behaviour.health_status or (200 if self.ready.is_set() else 503)
         await _reply(connection, status, b"" if status == 200 else b'{"error":{"message":"Loading model"}}')
@@ -310,13 +317,39 @@ class SimEngine:
                 return await _reply(connection, 200 if done else 500, b'{"results":[null]}' if done else b"")
             case _:
                 return await _reply(connection, 405, b'{"detail":"Method Not Allowed"}')
+        return await self._carry_out(work, connection)
+
+    async def _release(self, request: Request, connection: Connection) -> None:
+        try:
+            asked = msgspec.json.decode(request.body)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            asked = None
+        if not isinstance(asked, dict):
+            return await _reply(connection, 422, b'{"detail":[{"type":"missing","loc":["body"]}]}')
+        release = request.path == "/release_memory_occupation"
+        if not self.options.sleepable:
+            return await _reply(connection, 200, b"null")
+        if release == self.asleep or (release and self.stats.running + self.stats.waiting):
+            self.log.error("AssertionError: should be called only when server is idle, and once")
+            await self._crash(self.behaviour)
+        if release:
+            work = self._slumber.sleep(1, "wait", self.behaviour, self._crash_now)
+        else:
+            work = self._slumber.wake([], self.behaviour, self._crash_now)
+        return await self._carry_out(work, connection)
+
+    async def _carry_out(self, work: asyncio._CoroutineLike[None], connection: Connection) -> None:
         try:
             # The engine goes through with it even if whoever asked has gone.
             await asyncio.shield(self._own(work))
         except OutOfDeviceMemory as error:
             log_out_of_memory(self.log, error)
+            message = f"CUDA out of memory: {error}"
+            return await _reply(connection, 500, answers.error(message, "InternalServerError", 500))
+        except Disturbed as error:
+            self.log.error(str(error))
             return await _reply(connection, 500, answers.error(str(error), "InternalServerError", 500))
-        return await _reply(connection, 200, b"")
+        return await _reply(connection, 200, b"null" if self.options.flavour == "sglang" else b"")
 
     async def _crash_now(self) -> None:
         await self._crash(self.behaviour)

@@ -37,6 +37,12 @@ class Report(msgspec.Struct, kw_only=True):
     stats: Stats
 
 
+def loads(stats: Stats) -> bytes:
+    """Return what SGLang's ``/v1/loads`` says of load."""
+    core = {"dp_rank": 0, "num_running_reqs": stats.running, "num_waiting_reqs": stats.waiting}
+    return msgspec.json.encode({"version": "simulated", "dp_rank_count": 1, "loads": [core]})
+
+
 def metrics(model: str, stats: Stats, sleep_level: int) -> bytes:
     """Return what vLLM's ``/metrics`` says of load and sleep."""
     label = f'engine="0",model_name="{model}"'
