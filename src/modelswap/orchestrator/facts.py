@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,6 +16,8 @@ from modelswap.spec.digest import definition
 
 DEVICE: Final = "gpu0"
 """What the one device is called."""
+AT_ONCE: Final = 0.05
+"""How long a restless model may have nothing to do, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +52,26 @@ class Configured:
         at: float,
         measured: Callable[[str], float | None] = lambda _: None,
         prepare: Callable[[Model], bool] = lambda _: False,
+        restless: Collection[str] = (),
     ) -> Configure:
         """Return the event that tells the scheduler.
 
         ``measured`` gives a model's swap time of earlier runs, ``prepare`` whether anything is to be made ready for it.
+        ``restless`` models are put out as soon as they have nothing to do.
         """
         return Configure(
             at=at,
             models=tuple(
-                self._model(name, model, measured(name), prepare=prepare(model))
+                self._model(name, model, measured(name), prepare=prepare(model), restless=name in restless)
                 for name, model in self.config.models.items()
             ),
             devices=(DeviceFacts(DEVICE),),
             settings=_settings(self.config),
         )
 
-    def _model(self, name: str, model: Model, swap_seconds: float | None, *, prepare: bool) -> ModelFacts:
+    def _model(
+        self, name: str, model: Model, swap_seconds: float | None, *, prepare: bool, restless: bool
+    ) -> ModelFacts:
         engine = self.engines[name]
         return ModelFacts(
             name=name,
@@ -75,6 +81,10 @@ class Configured:
             swap_seconds=swap_seconds,
             priority=model.priority,
             prepare=prepare,
+            ttl=AT_ONCE if restless else model.ttl,
+            idle="sleep" if restless else model.idle,
+            pinned=model.pin and not restless,
+            preload=model.preload,
             listing=CatalogModel(
                 name=name,
                 aliases=tuple(model.aliases),

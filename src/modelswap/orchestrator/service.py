@@ -16,8 +16,9 @@ from modelswap.core import events
 from modelswap.core.scheduler import Scheduler
 from modelswap.devices.base import Device, Reading
 from modelswap.engines.base import Engine
-from modelswap.orchestrator import adoption, appearances, preparing
+from modelswap.orchestrator import adoption, appearances, preparing, sleepers
 from modelswap.orchestrator.answers import Answers
+from modelswap.orchestrator.calibration import Calibrator
 from modelswap.orchestrator.carrying import Carrier
 from modelswap.orchestrator.facts import DEVICE, Configured
 from modelswap.orchestrator.feed import Feed
@@ -25,12 +26,13 @@ from modelswap.orchestrator.history import History
 from modelswap.orchestrator.hosting import Hosted, Outside, engine_session
 from modelswap.orchestrator.journal import Journal
 from modelswap.orchestrator.links import Links
-from modelswap.orchestrator.measurements import Measurements
+from modelswap.orchestrator.measurements import Measurements, sleeping
 from modelswap.orchestrator.metrics import Metrics
 from modelswap.orchestrator.preparing import NoWeights, Weights
 from modelswap.orchestrator.shell import Shell
 from modelswap.orchestrator.store import Store
 from modelswap.orchestrator.tasks import Tasks
+from modelswap.orchestrator.ways import Chooser
 from modelswap.protocol.errors import Code, ModelswapError
 from modelswap.runtimes.base import Runtime
 from modelswap.spec.config import Config, EngineName
@@ -114,6 +116,18 @@ class Service:
         )
         self.shell = Shell(scheduler, self._carrier.carry, clock=parts.clock, lag=self.metrics.lag)
         self.metrics.configure(configured.config.models, [DEVICE])
+        self.chooser = Chooser(outside, lambda: self.configured, lambda: self.reading)
+        self.calibrator = Calibrator(
+            outside=outside,
+            chooser=self.chooser,
+            answers=self.answers,
+            configured=lambda: self.configured,
+            snapshot=self.shell.snapshot,
+            reconfigure=lambda: self.post(self._configure(self.configured)),
+            publish=self.feed.publish,
+        )
+        outside.memory.budget = self._host_budget
+        outside.measurements.on_change = lambda _model: self.chooser.tell()
 
     def post(self, event: events.Event) -> None:
         """Give the scheduler an event."""
@@ -212,6 +226,7 @@ class Service:
         self.metrics.adoption("adopted" if found.ready else "resumed")
         if found.foreign:
             self._carrier.take_up(running)
+        left = self.outside.measurements.of(running.model, running.definition, sleeping(found.asleep))
         self.outside.hosted[running.instance] = Hosted(
             instance=running.instance,
             model=running.model,
@@ -222,6 +237,10 @@ class Service:
             running=running,
             slots=found.slots,
             ready=found.ready,
+            asleep=found.asleep,
+            residue=(left.residue or 0) if found.asleep else 0,
+            host_bytes=(left.host or sleepers.process_bytes(running)) if found.asleep else 0,
+            rounds=1 if found.asleep else 0,
         )
         self.post(
             events.Adopted(
@@ -233,12 +252,16 @@ class Service:
                 port=running.address.port,
                 slots=found.slots,
                 ready=found.ready,
+                asleep=found.asleep,
             )
         )
 
     def _configure(self, configured: Configured) -> events.Configure:
         return configured.configure(
-            self.clock(), self.history.swap_seconds, lambda model: preparing.needed(model, self._parts.weights)
+            self.clock(),
+            self.history.swap_seconds,
+            lambda model: preparing.needed(model, self._parts.weights),
+            self.calibrator.idle,
         )
 
     def _post_if(self, event: events.Event, still: Callable[[], bool] | None = None) -> None:
@@ -253,6 +276,11 @@ class Service:
             if configured.definitions.get(preparing_.model) != preparing_.definition and preparing_.job is not None:
                 preparing_.job.cancel()
         self.metrics.configure(configured.config.models, [DEVICE])
+        self.chooser.tell()
+
+    def _host_budget(self) -> int | None:
+        given = self.configured.config.device.host_memory
+        return None if given is None else int(given)
 
     def _gateway_changed(self, gateway: str, connected: bool) -> None:
         if connected:
@@ -278,6 +306,13 @@ class Service:
                     _log.warning("device can't be read", device=self.device.name, error=repr(error))
                 self._reading_problem = repr(error)
             await asyncio.sleep(READ_EVERY)
+
+    async def watch_memory(self) -> None:
+        """Every second, give sleepers up if host memory is short, and choose anew how models are put out."""
+        while True:
+            await asyncio.sleep(sleepers.LOOK_EVERY)
+            sleepers.keep_within(self.outside)
+            self.chooser.tell()
 
     async def rotate_logs(self) -> None:
         """Keep engine logs small, until cancelled."""
@@ -330,6 +365,7 @@ async def running(config_path: Path, config: Config, parts: Parts) -> AsyncItera
         service.tasks.start(service.shell.run(), "scheduler")
         service.tasks.start(service.forget_gateways(), "gateways")
         service.tasks.start(service.read_device(), "device")
+        service.tasks.start(service.watch_memory(), "host memory")
         service.tasks.start(appearances.watch_appearances(outside, lambda: service.configured), "starts by others")
         service.tasks.start(service.rotate_logs(), "logs")
         yield service

@@ -134,13 +134,6 @@ def keep_within(outside: Outside) -> None:
         give_up(outside, victims, "host memory is short")
 
 
-async def watch_host_memory(outside: Outside) -> None:
-    """Look every second whether host memory is short, until cancelled."""
-    while True:
-        await asyncio.sleep(LOOK_EVERY)
-        keep_within(outside)
-
-
 def used(outside: Outside, hosted: Hosted) -> None:
     """Note that a model was asked for, for the ranking."""
     known = outside.measurements

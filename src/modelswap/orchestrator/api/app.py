@@ -37,6 +37,8 @@ def admin_app(service: Service, hosts: Callable[[], KnownHosts], *, heartbeat: f
             Route("/logs/{model:path}", streams.logs),
             Route("/ensure_model", control.ensure_model, methods=["POST"]),
             Route("/unload", control.unload, methods=["POST"]),
+            Route("/pin", control.pin, methods=["POST"]),
+            Route("/calibrate", control.calibrate, methods=["POST"]),
             Route("/reload", control.reload, methods=["POST"]),
             Route("/shutdown", control.shutdown, methods=["POST"]),
             WebSocketRoute("/gateway", gateway),

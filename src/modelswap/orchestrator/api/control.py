@@ -74,6 +74,29 @@ class Control:
             }
         )
 
+    async def pin(self, request: Request) -> Response:
+        """``POST /pin {"model", "pinned"}``: keep a model once it is there, or leave it for others again."""
+        body = await json_body(request)
+        name = text(body, "model")
+        pinned = flag(body, "pinned", default=True)
+        model = self._service.resolve(name) if name else None
+        self._service.post(events.Pin(at=self._service.clock(), model=model, pinned=pinned))
+        return JSONResponse({"model": model, "pinned": pinned, "status": "accepted"})
+
+    async def calibrate(self, request: Request) -> Response:
+        """``POST /calibrate {"model"}``: measure a model's ways in and out (without one: every model's)."""
+        name = text(await json_body(request), "model")
+        config = self._service.configured.config
+        models = [self._service.resolve(name)] if name else [m for m, s in config.models.items() if s.device == "gpu"]
+        measured: list[dict[str, Any]] = []
+
+        async def work() -> None:
+            for model in models:
+                measured.extend(await self._service.calibrator.calibrate(model))
+
+        await self._first(request, work())
+        return JSONResponse({"models": models, "measurements": measured, "status": "calibrated"})
+
     async def reload(self, request: Request) -> Response:
         """``POST /reload``: read the config file again."""
         await json_body(request)
@@ -112,6 +135,8 @@ class Control:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if ending.done() and not wanted.done():
                 raise ModelswapError("the orchestrator is going away; ask the next one", code=Code.ORCHESTRATOR_AWAY)
+            if wanted.done():
+                await wanted  # raises what went wrong
         finally:
             for task in tasks:
                 task.cancel()

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 import modelswap
 from modelswap.core.snapshot import InstanceView, ModelView, Snapshot
+from modelswap.orchestrator import sleepers
 from modelswap.orchestrator.facts import DEVICE
 from modelswap.orchestrator.service import Service
 from modelswap.spec.config import Model
@@ -25,6 +26,8 @@ INDEX: Final = {
     "GET /logs/{model}": "an engine's last log lines (?lines=100&follow=1)",
     "POST /ensure_model": '{"model": "name", "wait": true}',
     "POST /unload": '{"model": "name"}, or {} for all',
+    "POST /pin": '{"model": "name", "pinned": true}: keep it once it is there',
+    "POST /calibrate": '{"model": "name"}: measure its ways in and out, or {} for all',
     "POST /reload": "{}: read the config file again",
     "POST /shutdown": '{"now": false}: drain and stop everything',
 }
@@ -93,6 +96,9 @@ class Views:
                 "swaps": msgspec.to_builtins(snapshot.swaps),
                 "last_swaps": service.history.swaps(),
                 "timings": service.history.timings(),
+                "measurements": service.outside.measurements.table(service.configured.definitions.items()),
+                "calibrating": service.calibrator.progress,
+                "host_memory": self._host_memory(),
                 "devices": [{**msgspec.to_builtins(view), **self._memory(view.name)} for view in snapshot.devices],
                 "gateways": msgspec.to_builtins(snapshot.gateways),
             }
@@ -111,13 +117,31 @@ class Views:
                 adapters=model.adapters,
                 priority=model.priority,
             )
-        return {**told, **msgspec.to_builtins(view)}
+        return {**told, **msgspec.to_builtins(view), "measurements": self._measurements(view.name)}
+
+    def _measurements(self, model: str) -> list[dict[str, Any]]:
+        service = self._service
+        definition = service.configured.definitions.get(model)
+        return [] if definition is None else service.outside.measurements.table([(model, definition)])
+
+    def _host_memory(self) -> dict[str, Any]:
+        outside = self._service.outside
+        return {
+            "budget": outside.memory.budget(),
+            "spent": sleepers.spent(outside),
+            "spare": sleepers.spare(outside),
+        }
 
     def _instance(self, view: InstanceView) -> dict[str, Any]:
         hosted = self._service.outside.hosted.get(view.instance)
         running = hosted.running if hosted is not None else None
         container = running.container[:SHORT_ID] if running is not None else ""
-        return {**msgspec.to_builtins(view), "container": container or None}
+        return {
+            **msgspec.to_builtins(view),
+            "container": container or None,
+            "host_bytes": hosted.host_bytes if hosted is not None else 0,
+            "residue_bytes": hosted.residue if hosted is not None and hosted.asleep else 0,
+        }
 
     def _memory(self, device: str) -> dict[str, Any]:
         outside = self._service.device
