@@ -134,6 +134,22 @@ def fake_llamacpp(script: Script) -> web.Application:
     return application(script, routes, loads_first=True)
 
 
+def fake_sglang(script: Script) -> web.Application:
+    """Answer as SGLang 0.5 does."""
+    routes: dict[str, Callable[[Script], Any]] = {
+        "/health": lambda _: "",
+        "/server_info": lambda _: {"version": "0.5", "internal_states": [{}]},
+        "/v1/models": lambda s: {"object": "list", "data": [{"id": s.serves, "object": "model"}]},
+        "/v1/loads": lambda s: {
+            "loads": [
+                {"dp_rank": 0, "num_running_reqs": s.running, "num_waiting_reqs": 0},
+                {"dp_rank": 1, "num_running_reqs": 0, "num_waiting_reqs": s.waiting},
+            ]
+        },
+    }
+    return application(script, routes, loads_first=True)
+
+
 def fake_custom(script: Script) -> web.Application:
     """Answer the least that a server can."""
     return application(script, {"/health": lambda _: "ready"}, loads_first=True)
@@ -153,6 +169,12 @@ CASES = [
         canary="/v1/completions",
         ready_slots=3,
         counts_waiting=False,
+    ),
+    Case(
+        "sglang",
+        Model(engine="sglang", model="org/model", program=["/opt/sglang"], api_key=SecretStr(KEY), env={"A": "1"}),
+        fake_sglang,
+        canary="/v1/completions",
     ),
     Case(
         "custom",
@@ -333,6 +355,44 @@ async def test_its_own_count_of_requests(case: Case) -> None:
         running = await engine.running(http, case.model, address)
     expected = 2 + (5 if case.counts_waiting else 0)
     assert running == (expected if case.counts_running else None)
+
+
+async def test_a_greedy_answer_is_tokens(case: Case) -> None:
+    """It asks for the likeliest tokens, where the canary asks for text, and is over after as many as were wanted."""
+    script = Script(canary=lambda: web.json_response({"choices": [{"logprobs": {"tokens": ["a", " b", " c"]}}]}))
+    async with serving(case, script) as (engine, http, address):
+        assert await engine.greedy(http, NAME, case.model, address, 2) == ("a", " b")
+    ((path, body),) = script.canaries
+    assert path == case.canary
+    assert (body["max_tokens"], body["temperature"], body["seed"]) == (2, 0, 0)
+    assert body["model"] == (engine.upstream_name(NAME, case.model) or NAME)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "none"])
+async def test_what_makes_no_text_has_no_greedy_answer(case: Case, kind: str) -> None:
+    """An embedder, and a model that isn't to be asked, are left alone."""
+    script = Script()
+    async with serving(case, script) as (engine, http, address):
+        model = case.model.model_copy(update={"canary": kind})
+        assert await engine.greedy(http, NAME, model, address, 2) is None
+    assert script.canaries == []
+
+
+async def test_a_greedy_answer_that_is_an_error_raises(case: Case) -> None:
+    """A server error is told with its words."""
+    script = Script(canary=lambda: web.json_response({"error": {"message": "CUDA error"}}, status=500))
+    async with serving(case, script) as (engine, http, address):
+        with pytest.raises(CanaryFailed, match="500: CUDA error"):
+            await engine.greedy(http, NAME, case.model, address, 2)
+
+
+def test_it_sleeps_at_known_levels_or_not_at_all(case: Case) -> None:
+    """Without a word about sleep it doesn't; with ``sleep: off`` and without a device it never does."""
+    engine = engine_for(case.kind)
+    assert engine.sleep_levels(case.model) == ()
+    willing = case.model.model_copy(update={"sleep": "on"})
+    assert set(engine.sleep_levels(willing)) <= {1, 2}
+    assert engine.sleep_levels(willing.model_copy(update={"device": "none"})) == ()
 
 
 async def test_a_dead_engine_raises(case: Case) -> None:

@@ -307,7 +307,7 @@ CORE = "\x1b[1;36m(EngineCore_DP0 pid=17374)\x1b[0;0m ERROR 09-28 15:47:24 [core
             "ValueError: The checkpoint you are trying to load has model type `foo4` but Transformers does not"
             " recognize this architecture.",
             True,
-            "this installation's Transformers doesn't know the model type foo4; update transformers and vLLM",
+            "this installation's Transformers doesn't know the model type foo4; update it and the engine",
             id="model type",
         ),
         pytest.param(

@@ -122,6 +122,14 @@ def test_names_count_for_engines_that_are_told_them() -> None:
     assert definition("a", custom) == definition("b", custom.model_copy(update={"aliases": []}))
 
 
+def test_sglang_is_told_one_name_and_no_key() -> None:
+    """Aliases and the key are between the gateway and the clients; another name is another server."""
+    model = Model(engine="sglang", model="m")
+    same = definition("a", model)
+    assert definition("a", model.model_copy(update={"aliases": ["x"], "api_key": SecretStr("k")})) == same
+    assert definition("b", model) != same
+
+
 def test_the_embedded_server_is_told_its_grace() -> None:
     """A change of grace reaches the embedded server only through a new start."""
     embedded = Model(engine="openvino", model="m")

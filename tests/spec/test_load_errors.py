@@ -42,7 +42,7 @@ ONE = [
     ),
     pytest.param(
         "models:\n  a:\n    engine: vlm\n    model: m",
-        "m.yaml:3: models.a.engine: wants one of vllm, llamacpp, openvino, custom, found the text 'vlm';"
+        "m.yaml:3: models.a.engine: wants one of vllm, llamacpp, openvino, sglang, custom, found the text 'vlm';"
         " did you mean 'vllm'?",
         id="unknown engine",
     ),

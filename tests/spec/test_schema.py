@@ -33,7 +33,7 @@ def test_the_schema_tells_what_editors_show() -> None:
     document = json.loads(schema.render())
     assert document["$schema"].endswith("2020-12/schema") and document["additionalProperties"] is False
     model = document["$defs"]["Model"]
-    assert model["properties"]["engine"]["enum"] == ["vllm", "llamacpp", "openvino", "custom"]
+    assert model["properties"]["engine"]["enum"] == ["vllm", "llamacpp", "openvino", "sglang", "custom"]
     undescribed = {
         (section, key)
         for section, definition in document["$defs"].items()

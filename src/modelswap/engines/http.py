@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 import aiohttp
@@ -17,6 +18,7 @@ CANARY: Final = aiohttp.ClientTimeout(total=300)
 # For what takes as long as it takes; whoever waits limits it.
 PATIENT: Final = aiohttp.ClientTimeout(total=None, sock_connect=10)
 _MOST_BYTES: Final = 4 * 1024 * 1024
+_OUT_OF_MEMORY: Final = re.compile(r"out of memory|OutOfMemory|CUDA error|HIP error|cuMem", re.IGNORECASE)
 _PROMPT: Final = "Hello"
 
 
@@ -155,6 +157,11 @@ async def canary(
                 reply, kind = second, other
                 break
     judge(reply, kind)
+
+
+def out_of_memory(reply: Reply) -> bool:
+    """Return whether a refusal is for want of device memory."""
+    return reply.status >= 400 and _OUT_OF_MEMORY.search(complaint(reply)) is not None
 
 
 def complaint(reply: Reply) -> str:

@@ -7,6 +7,7 @@ import functools
 from modelswap.engines.base import Engine
 from modelswap.engines.custom import Custom
 from modelswap.engines.llamacpp import LlamaCpp
+from modelswap.engines.sglang import SGLang
 from modelswap.engines.vllm import Vllm
 from modelswap.spec.config import EngineName
 
@@ -19,6 +20,8 @@ def engine_for(kind: EngineName) -> Engine:
             return Vllm()
         case "llamacpp":
             return LlamaCpp()
+        case "sglang":
+            return SGLang()
         case "custom":
             return Custom()
         case "openvino":

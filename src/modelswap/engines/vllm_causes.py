@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
+from modelswap.engines import hub_causes
 from modelswap.engines.base import Diagnosis
 from modelswap.engines.diagnosis import cause, clean, explain
 
@@ -69,38 +70,13 @@ _CAUSES: Final = (
             + "; use a smaller or quantised model, a smaller --max-model-len, or --enforce-eager in args"
         ),
     ),
-    cause(r"(?m)error: (unrecognized arguments: .+)$", "it doesn't know some of args: {0}"),
-    cause(r"(?m)error: (argument .+)$", "it doesn't accept args: {0}"),
-    cause(
-        r"(?:gated repo|GatedRepoError|Access to model \S+ is restricted)",
-        "the model's licence must be accepted first: do so on its page, then give a token of your account with"
-        ' env: {{HF_TOKEN: "${{HF_TOKEN}}"}}',
-    ),
-    cause(
-        r"(?m)(\S+) is not a local folder and is not a valid model identifier",
-        "there is no folder and no Hugging Face model called {0}; mend 'model'"
-        " (a private one needs a token: env: {{HF_TOKEN: …}})",
-    ),
-    cause(
-        r"RepositoryNotFoundError|Repository Not Found|Invalid repository ID or local directory specified: '([^']*)'",
-        lambda match: (
-            f"there is no folder and no Hugging Face model called {match[1] or 'that'}; mend 'model'"
-            " (a private one needs a token: env: {HF_TOKEN: …})"
-        ),
-    ),
-    cause(
-        r"Repo id must (?:be in the form|use) [^\n]*: '([^'\n]+)'",
-        "there is no folder {0}, and that is no Hugging Face id either; mend 'model'",
-    ),
+    *hub_causes.ARGUMENTS,
+    *hub_causes.HUB,
     cause(
         r"User-specified max_model_len \((\d+)\) is greater than the derived max_model_len \(\w+=(\d+)",
         "--max-model-len {0} in args is more than the {1} tokens that the model was made for; lower it",
     ),
-    cause(
-        r"LocalEntryNotFoundError|couldn't connect to 'https://huggingface\.co'|[Oo]ffline mode is enabled",
-        "the model is not downloaded yet, and Hugging Face can't be reached; check the network, or download it first",
-        permanent=False,
-    ),
+    *hub_causes.OFFLINE,
     cause(
         r"Model architectures \[([^\]]*)\] (?:are not supported|failed to be inspected)"
         r"|(\w+) has no vLLM implementation",
@@ -113,10 +89,7 @@ _CAUSES: Final = (
         r"(Model architecture \w+ (?:was supported in vLLM until v[\w.]+|is not supported in-tree anymore))",
         "{0}: install that version or the plugin for it, or use another model",
     ),
-    cause(
-        r"model type `?([\w.-]+)`? but Transformers does not recognize this architecture",
-        "this installation's Transformers doesn't know the model type {0}; update transformers and vLLM",
-    ),
+    *hub_causes.TRANSFORMERS,
     cause(
         r"No module named '?vllm\b",
         "the Python in 'program' has no vLLM; install it there, or name the right Python",

@@ -30,9 +30,6 @@ _NO_RELOAD: Final = (
     *("--enable-lora", "--lora-modules", "--quantization", "-q"),
     *("--speculative-config", "--speculative-model", "-sc", "--spec-method", "--spec-model"),
 )
-_OUT_OF_MEMORY: Final = re.compile(
-    r"out of memory|OutOfMemory|CUDA error|HIP error|cuMem|no free memory", re.IGNORECASE
-)
 _BARE: Final = re.compile(r"\(nothing\)|Internal Server Error", re.IGNORECASE)
 
 
@@ -113,7 +110,7 @@ async def _told(
     complaint = ask.complaint(reply)
     said = f"{path} was answered with {reply.status}: {complaint}"
     untold = path.startswith("/wake_up") and _BARE.fullmatch(complaint) is not None
-    if reply.status >= 500 and (untold or _OUT_OF_MEMORY.search(complaint)):
+    if ask.out_of_memory(reply) or (untold and reply.status >= 500):
         raise WakeOutOfMemory(said)
     raise CannotWake(said)
 

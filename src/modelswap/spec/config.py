@@ -13,7 +13,7 @@ from modelswap.spec.fields import Bytes, Location, Port, Seconds, SomeSeconds
 
 RuntimeName = Literal["process", "adopted", "managed"]
 """``adopted``: a container that somebody else made; ``managed``: one that we make."""
-EngineName = Literal["vllm", "llamacpp", "openvino", "custom"]
+EngineName = Literal["vllm", "llamacpp", "openvino", "sglang", "custom"]
 
 
 class Strict(BaseModel):

@@ -8,7 +8,7 @@ from typing import Final
 
 from modelswap.spec.config import Model
 
-_KNOWS_ITS_NAMES: Final = frozenset({"vllm", "llamacpp", "openvino", "sglang"})
+_KNOWS_ITS_NAMES: Final = frozenset({"vllm", "llamacpp", "openvino"})
 # Read by us at run time, never by the engine's process: a change needs no restart.
 _OURS: Final = frozenset(
     {"adapters", "aliases", "canary", "concurrency", "health_interval", "hooks", "idle", "memory", "pin", "preload"}
@@ -28,6 +28,9 @@ def definition(name: str, model: Model) -> str:
     parts["api_key"] = model.api_key.get_secret_value() if model.api_key else None
     if model.engine in _KNOWS_ITS_NAMES and model.runtime != "adopted":
         parts["names"] = [name, *model.aliases]
+    if model.engine == "sglang" and model.runtime != "adopted":
+        # It takes one name only, and no key.
+        parts |= {"names": [name], "api_key": None}
     if model.engine == "openvino":
         # The embedded server is told how long it may take to end.
         parts["stop_grace"] = model.stop_grace
