@@ -36,7 +36,10 @@ check: $(STAMP)  ## format, lint, types, import contract, generated files
 
 unit: $(STAMP)  ## all tests that need no engine of their own
 	@echo "==> pytest with branch coverage"
-	@$(BIN)/pytest -n 4 --dist loadgroup --cov --cov-report=term:skip-covered -q -m "not openvino and not vllm and not llamacpp and not docker" $(ARGS)
+	@$(BIN)/pytest -n 4 --dist loadgroup --cov --cov-report=term:skip-covered -q \
+	    -m "not openvino and not vllm and not llamacpp and not docker and not search" $(ARGS)
+	@echo "==> pytest, searching the lease protocol"
+	@$(BIN)/pytest -n 2 -q -m search tests/core $(ARGS) || [ $$? = 5 ]  # 5: ARGS left none to run
 
 format: $(STAMP)  ## format and mend what can be mended
 	@$(BIN)/ruff format src tests bench

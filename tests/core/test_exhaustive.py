@@ -16,6 +16,8 @@ from modelswap.simulator.setup import Setup, model
 from modelswap.simulator.stepped import Budget, Stepped
 from modelswap.simulator.traffic import Violation
 
+pytestmark = pytest.mark.search
+
 LONG = 1e6
 TIMELESS = Settings(
     queue_timeout=LONG,

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from modelswap.core.facts import Settings
 from modelswap.simulator.setup import Setup, model
 from modelswap.simulator.stepped import Budget, Stepped
+
+pytestmark = pytest.mark.search
 
 EXAMPLES = int(os.environ.get("MODELSWAP_EXAMPLES", "1000"))
 CHEAP = ("up", "down", "done", "finish", "connect", "tick", "deadline", "time", "ask")
