@@ -117,8 +117,8 @@ def test_the_table_fits_80_columns_and_shows_failures() -> None:
 def test_doing_tells_the_swap_under_way() -> None:
     """While nothing streams, the user sees which step of the swap is being done."""
     swap = {"source": "a", "target": "b", "phase": "out", "seconds": 1.5}
-    assert doing({"swaps": [swap]}) == "swapping to b: stopping a (1.50 s)"
-    assert doing({"swaps": [{**swap, "target": None}]}) == "unloading: stopping a (1.50 s)"
+    assert doing({"swaps": [swap]}) == "swapping to b: putting out a (1.50 s)"
+    assert doing({"swaps": [{**swap, "target": None}]}) == "unloading: putting out a (1.50 s)"
     assert doing({}) == ""
 
 

@@ -201,6 +201,51 @@ def test_unload_says_what_it_did(fake: Any, command: Run) -> None:
     assert [asked for _, asked in fake.asked] == [{"model": "llava"}, {}, {"model": "llava"}]
 
 
+def test_pinning_says_what_it_did(fake: Any, command: Run) -> None:
+    """One model, or all that there are."""
+    fake.answers["POST /pin"] = (200, {"model": "llava", "pinned": True, "status": "accepted"})
+    assert "llava is pinned" in command("pin", "llava", "--url", fake.url).out
+    fake.answers["POST /pin"] = (200, {"model": None, "pinned": False, "status": "accepted"})
+    assert command("unpin", "--url", fake.url).out == "every model is not pinned any more\n"
+    assert [asked for _, asked in fake.asked] == [{"model": "llava", "pinned": True}, {"pinned": False}]
+
+
+def test_calibrate_prints_what_was_measured(fake: Any, command: Run) -> None:
+    """Times, memory, and which way is off for which reason."""
+    rows = [
+        {"model": "llava", "mechanism": "cold", "ok": None, "reason": "", "steady_seconds": 31.5},
+        {
+            "model": "llava",
+            "mechanism": "sleep1",
+            "ok": False,
+            "reason": "its answers are wrong",
+            "first_seconds": 12.0,
+            "steady_seconds": 1.25,
+            "residue_bytes": 1 << 30,
+            "host_bytes": 3 << 30,
+        },
+    ]
+    fake.answers["POST /calibrate"] = (200, {"models": ["llava"], "measurements": rows, "status": "calibrated"})
+    out = command("calibrate", "llava", "--url", fake.url).out
+    for said in ("cold", "31.5 s", "sleep1", "off: its answers are", "12.0 s", "1.25 s", "1.0 GiB", "3.0 GiB"):
+        assert said in out, out
+    ran = command("calibrate", "llava", "--json", "--url", fake.url)
+    assert json.loads(ran.out)["measurements"] == rows
+
+
+def test_models_shows_how_each_is_put_out(fake: Any, command: Run) -> None:
+    """Asleep or stopped, pinned or not, and which way is off."""
+    off = {"mechanism": "sleep2", "ok": False, "reason": "garbage"}
+    models = [
+        {"name": "a", "state": "ready", "sleep_level": 1, "pinned": True, "measurements": [off]},
+        {"name": "b", "state": "asleep", "sleep_level": 0, "measurements": []},
+    ]
+    fake.answers["GET /models"] = (200, {"models": models})
+    out = command("models", "--url", fake.url).out
+    for said in ("sleep, level 1", "(pinned)", "sleep2 is off:", "stop", "asleep"):
+        assert said in out, out
+
+
 def test_logs_are_printed_as_they_are(fake: Any, command: Run) -> None:
     """Lines come out whole, also the last one without its end and bytes that are no text."""
     fake.answers["GET /logs/a%2Fb?lines=3"] = (200, b"one\ntwo \xff\nthr")

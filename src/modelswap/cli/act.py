@@ -1,4 +1,4 @@
-"""``modelswap swap`` and ``unload``: ask the orchestrator, and show what it does meanwhile."""
+"""``modelswap swap``, ``unload``, ``calibrate``, ``pin``: ask the orchestrator, and show what it does meanwhile."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any, Final
 from rich.console import Console
 from rich.text import Text
 
-from modelswap.cli import words
+from modelswap.cli import views, words
 from modelswap.cli.client import AdminClient
 from modelswap.cli.failure import Failure
+from modelswap.cli.look import print_json
 from modelswap.cli.words import duration
 
 _LOOK_EVERY: Final = 0.25
@@ -31,6 +32,25 @@ def unload(url: str, model: str | None) -> None:
     body = {"model": model} if model else {}
     answer = asyncio.run(_ask(url, "/unload", body, f"unloading {model or 'every model'}"))
     Console(highlight=False).print(Text(_unloaded(answer, model)))
+
+
+def calibrate(url: str, model: str | None, *, as_json: bool) -> None:
+    """Measure how ``model``, or every one, comes in and out, and print the measurements; raises `Failure`."""
+    body = {"model": model} if model else {}
+    answer = asyncio.run(_ask(url, "/calibrate", body, f"calibrating {model or 'every model'}"))
+    if as_json:
+        print_json(answer)
+        return
+    Console(highlight=False).print(views.measurements(answer.get("measurements", [])))
+
+
+def pin(url: str, model: str | None, *, pinned: bool) -> None:
+    """Pin ``model`` (every resident one), or release it (every one), and say so; raises `Failure`."""
+    body = {"pinned": pinned} | ({"model": model} if model else {})
+    answer = asyncio.run(_ask(url, "/pin", body, "asking"))
+    what = answer.get("model") or ("what is resident" if pinned else "every model")
+    said = "is pinned: it is not left for other models" if pinned else "is not pinned any more"
+    Console(highlight=False).print(Text(f"{what} {said}"))
 
 
 def _swapped(answer: dict[str, Any], model: str) -> Text:
@@ -86,6 +106,7 @@ async def _watch(admin: AdminClient, doing: str, tell: Callable[[str], None], ev
             continue
         with contextlib.suppress(Failure):  # the question itself will fail, too, if it must
             found = await admin.status()
-            under_way = " · ".join(words.phase(swap) for swap in found.get("swaps", []))
+            steps = [words.step(found["calibrating"])] if found.get("calibrating") else []
+            under_way = " · ".join([*steps, *(words.phase(swap) for swap in found.get("swaps", []))])
             told = time.monotonic()
             tell(f"{doing}: {under_way or 'queued'} ({duration(told - began)})")

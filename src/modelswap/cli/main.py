@@ -188,6 +188,47 @@ def unload(
     command(_url(config, url), model)
 
 
+@app.command(epilog=_epilog("modelswap calibrate", "modelswap calibrate mistral"), rich_help_panel="Act")
+def calibrate(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Default: every model.")] = None,
+    config: ConfigFile = CONFIG_FILE,
+    url: Url = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how fast a model starts, sleeps and wakes, and whether it answers as before.
+
+    Swaps measure this by themselves as they happen. Calibrating begins anew, also for what was switched off because it
+    went wrong. It takes several starts, during which other models wait.
+    """
+    from modelswap.cli.act import calibrate as command
+
+    command(_url(config, url), model, as_json=as_json)
+
+
+@app.command(epilog=_epilog("modelswap pin mistral"), rich_help_panel="Act")
+def pin(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Default: what is resident.")] = None,
+    config: ConfigFile = CONFIG_FILE,
+    url: Url = None,
+) -> None:
+    """Keep a model once it is there: requests for others on its device are refused until it is released."""
+    from modelswap.cli.act import pin as command
+
+    command(_url(config, url), model, pinned=True)
+
+
+@app.command(epilog=_epilog("modelswap unpin", "modelswap unpin mistral"), rich_help_panel="Act")
+def unpin(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Default: every model.")] = None,
+    config: ConfigFile = CONFIG_FILE,
+    url: Url = None,
+) -> None:
+    """Leave a pinned model for others again."""
+    from modelswap.cli.act import pin as command
+
+    command(_url(config, url), model, pinned=False)
+
+
 @app.command(
     epilog=_epilog("modelswap pull", "modelswap pull mistral coder", "modelswap pull --newer mistral"),
     rich_help_panel="Act",

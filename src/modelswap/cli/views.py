@@ -16,7 +16,7 @@ from modelswap.cli.words import NONE, duration
 
 Json = Mapping[str, Any]
 
-_PHASES: Final = ("drain", "out", "release", "in")
+_PHASES: Final = ("drain", "out", "release", "in", "canary")
 _SHOWN_SWAPS: Final = 8
 
 
@@ -40,7 +40,7 @@ def status(found: Json, url: str) -> Iterator[RenderableType]:
 def models(found: Any) -> Table:
     """Return the list of models."""
     table = _table()
-    for name in ("model", "engine", "state", "device", "priority", "also called"):
+    for name in ("model", "engine", "state", "device", "is put out by", "priority", "also called"):
         table.add_column(name, overflow="fold", justify="right" if name == "priority" else "left")
     for model in found.get("models", []) if isinstance(found, dict) else []:
         others = ", ".join([*model.get("aliases", []), *model.get("adapters", [])])
@@ -49,10 +49,44 @@ def models(found: Any) -> Table:
             str(model.get("engine", NONE)),
             words.state(str(model.get("state", NONE))),
             str(model.get("device") or "none"),
+            _way(model),
             str(model.get("priority", 0)),
             Text(others or NONE),
         )
     return table
+
+
+def measurements(found: Sequence[Json]) -> Table:
+    """Return what was measured of models' ways in and out."""
+    table = _table()
+    for name in ("model", "way", "verdict"):
+        table.add_column(name, overflow="fold")
+    for name in ("first", "usually", "leaves on the device", "host memory"):
+        table.add_column(name, justify="right")
+    for row in found:
+        ok, reason = row.get("ok"), str(row.get("reason") or "")
+        verdict = Text("off: " if ok is False else "", "red") + Text(reason or ("good" if ok else NONE))
+        table.add_row(
+            Text(str(row.get("model")), "bold"),
+            str(row.get("mechanism")),
+            verdict,
+            duration(row.get("first_seconds")),
+            duration(row.get("steady_seconds")),
+            words.size(int(row["residue_bytes"])) if row.get("residue_bytes") is not None else NONE,
+            words.size(int(row["host_bytes"])) if row.get("host_bytes") is not None else NONE,
+        )
+    return table
+
+
+def _way(model: Json) -> Text:
+    level = int(model.get("sleep_level") or 0)
+    way = Text(f"sleep, level {level}" if level else "stop")
+    if model.get("pinned"):
+        way.append(" (pinned)", "yellow")
+    off = [row for row in model.get("measurements") or [] if row.get("ok") is False]
+    for row in off:
+        way.append(f"\n{row.get('mechanism')} is off: {row.get('reason')}", "red")
+    return way
 
 
 def _headline(found: Json, url: str) -> Text:
@@ -118,6 +152,8 @@ def _swaps(found: Sequence[Json], now: float) -> Table:
         phases = dict(swap.get("phases", {}))
         outcome = str(swap.get("outcome", "ok"))
         how = str(swap.get("mechanism", NONE)) if outcome == "ok" else outcome
+        if outcome == "ok" and swap.get("out") == "sleep" and swap.get("target"):
+            how = f"sleep, {how}"
         table.add_row(
             words.ago(max(0.0, now - float(swap["at"]))) if "at" in swap else NONE,
             Text(f"{swap.get('source') or 'nothing'} → {swap.get('target') or 'nothing'}"),

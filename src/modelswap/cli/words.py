@@ -56,14 +56,20 @@ def state(name: str) -> Text:
     return Text(name, _STATE_STYLES.get(name, ""))
 
 
+def step(calibrating: dict[str, Any]) -> str:
+    """Return in words what a calibration is doing."""
+    number = f"{calibrating.get('step')} of {calibrating.get('steps')}"
+    return f"{calibrating.get('model')}: {calibrating.get('doing')} ({number})"
+
+
 def phase(swap: dict[str, Any]) -> str:
     """Return in words what a swap under way is doing."""
     source, target = swap.get("source"), swap.get("target")
     words = {
         "drain": f"waiting for running requests of {source}",
-        "out": f"stopping {source}",
+        "out": f"putting out {source}",
         "release": "waiting for the device's memory",
-        "in": f"starting {target}",
+        "in": f"bringing in {target}",
     }
     now = str(swap.get("phase"))
     return words.get(now, now)
