@@ -311,6 +311,12 @@ CORE = "\x1b[1;36m(EngineCore_DP0 pid=17374)\x1b[0;0m ERROR 09-28 15:47:24 [core
             id="model type",
         ),
         pytest.param(
+            "ValueError: Sleep mode is not supported on current platform.",
+            True,
+            "this build of vLLM can't sleep (only those for NVIDIA and AMD GPUs can); say sleep: off",
+            id="no sleep mode",
+        ),
+        pytest.param(
             "/usr/bin/python3: Error while finding module specification for 'vllm.entrypoints.openai.api_server'"
             " (ModuleNotFoundError: No module named 'vllm')",
             True,

@@ -91,6 +91,10 @@ _CAUSES: Final = (
     ),
     *hub_causes.TRANSFORMERS,
     cause(
+        r"[Ss]leep mode is not supported on current platform",
+        "this build of vLLM can't sleep (only those for NVIDIA and AMD GPUs can); say sleep: off",
+    ),
+    cause(
         r"No module named '?vllm\b",
         "the Python in 'program' has no vLLM; install it there, or name the right Python",
     ),

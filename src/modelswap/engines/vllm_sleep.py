@@ -1,11 +1,14 @@
 """How vLLM sleeps and wakes, through its development endpoints.
 
-Read in the sources of vLLM 0.32 and 0.33 (`vllm/entrypoints/serve/sleep`, `v1/executor/abstract.py`):
+Read in the sources of vLLM 0.32 (`vllm/entrypoints/serve/dev/sleep`, `v1/engine/core.py`, `v1/executor/abstract.py`,
+`v1/worker/gpu_worker.py`), and tried with its CPU build:
 
-- The endpoints are there with ``VLLM_SERVER_DEV_MODE=1``; without ``--enable-sleep-mode`` they answer 200 and do
-  nothing (hence the question to ``/is_sleeping`` afterwards).
+- The endpoints are there with ``VLLM_SERVER_DEV_MODE=1``. Without ``--enable-sleep-mode`` (CPU builds refuse it) they
+  do all but give memory back: newer versions even say that they sleep, because nothing is scheduled.
 - ``/sleep`` without ``mode=wait`` aborts what runs. Older versions know no ``mode`` and ignore it.
-- Waking a part (``tags``) that is awake already does nothing, so a wake that failed can be begun anew.
+- Waking a part (``tags``) that is awake already does nothing, so a wake that failed can be begun anew. Requests are
+  scheduled again once all parts are awake.
+- Level 2 keeps buffers and drops parameters, which ``reload_weights`` reads from disk again.
 - An error while waking is an exception in another process; the answer may be a bare "Internal Server Error".
 """
 
