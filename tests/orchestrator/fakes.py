@@ -23,7 +23,7 @@ from modelswap.orchestrator.measurements import Measurements
 from modelswap.orchestrator.service import Parts, Service, running
 from modelswap.orchestrator.store import Store
 from modelswap.protocol.errors import ModelswapError
-from modelswap.runtimes.base import Exit, Known, Report, Running, StartOrder, Unkillable
+from modelswap.runtimes.base import Exit, Known, Report, Running, StandbyState, StartOrder, Unkillable
 from modelswap.spec.config import Config, Model
 
 DEADLINE = 30.0
@@ -186,6 +186,8 @@ class FakeRuntime:
         """Raised first, one each."""
         self.listening_error: ModelswapError | None = None
         self.created: list[StartOrder] = []
+        self.plans: list[StandbyPlan] = []
+        """What stands by; each is ready at once."""
         self.appearances: asyncio.Queue[Running] = asyncio.Queue()
         self._exits: dict[str, asyncio.Future[Exit]] = {}
         self._sockets: dict[int, socket.socket] = {}
@@ -224,6 +226,12 @@ class FakeRuntime:
         port = bound.getsockname()[1]
         self._sockets[port] = bound
         return Place(Address("127.0.0.1", port))
+
+    async def stand_by(self, plans: Sequence[StandbyPlan]) -> None:
+        self.plans = list(plans)
+
+    def standbys(self) -> list[StandbyState]:
+        return [StandbyState(key=plan.key, ready=True) for plan in self.plans]
 
     async def start(self, order: StartOrder) -> Running:
         self.starting.set()

@@ -5,15 +5,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from modelswap.engines.base import Address, Launch, Place
+from modelswap.engines.base import Address, Launch, Place, StandbyPlan
 from modelswap.protocol.errors import Code, ModelswapError
-from modelswap.runtimes.base import Exit, Known, Report, Running, StartFailed, StartOrder, Unkillable
+from modelswap.runtimes.base import (
+    Exit,
+    Known,
+    Report,
+    Running,
+    StandbyState,
+    StartFailed,
+    StartOrder,
+    Unkillable,
+)
 from modelswap.runtimes.docker.records import Start, Starts
 from modelswap.runtimes.hosts import Containers, DockerNotOpen, Hosts, hosts_of
 from modelswap.spec.config import Config, Device, Docker, Model, Orchestrator
@@ -37,6 +46,7 @@ class Recording:
         self.sweep_error: ModelswapError | None = None
         self.logs: dict[str, list[str]] = {}
         self.pids: set[int] = set()
+        self.plans: list[str] = []
 
     def running(self, model: str) -> Running:
         return Running(
@@ -60,6 +70,12 @@ class Recording:
 
     async def start(self, order: StartOrder) -> Running:
         return self.running(order.model)
+
+    async def stand_by(self, plans: Sequence[StandbyPlan]) -> None:
+        self.plans = [plan.key for plan in plans]
+
+    def standbys(self) -> list[StandbyState]:
+        return [StandbyState(key=key) for key in self.plans]
 
     async def wait(self, running: Running) -> Exit:
         self.asked.append(("wait", running.model))
@@ -194,6 +210,20 @@ async def test_each_model_is_hosted_by_its_own_runtime(rig: Rig, spec: Model, na
     other = rig.process if name == "docker" else rig.docker
     assert own.asked == [(what, "x") for what in ("fetch", "create", "wait", "listening", "stop")]
     assert other.asked == []
+
+
+async def test_standbys_wait_where_their_models_are_started(rig: Rig) -> None:
+    """A plan says whether it is for a container; without Docker only processes wait."""
+    plans = [StandbyPlan("p", (), Path("s"), {}), StandbyPlan("c", (), Path("s"), {}, spec=MANAGED)]
+    await rig.configure(plain=PROCESS)
+    await rig.hosts.stand_by(plans)
+    assert [state.key for state in rig.hosts.standbys()] == ["p"]
+    await rig.configure(plain=PROCESS, managed=MANAGED)
+    await rig.hosts.stand_by(plans)
+    assert (rig.process.plans, rig.docker.plans) == (["p"], ["c"])
+    assert [state.key for state in rig.hosts.standbys()] == ["p", "c"]
+    await rig.hosts.stand_by([])
+    assert rig.hosts.standbys() == []
 
 
 async def test_docker_tells_which_containers_share_our_cache(rig: Rig) -> None:

@@ -48,7 +48,8 @@ class StandbyPlan(msgspec.Struct, frozen=True):
 
     ``python`` is the command of the interpreter that the engine runs in, ``script`` the one file that waits
     (`modelswap.engines.vllm_standby` tells how it is spoken to), ``hints`` what it may import beyond what all models
-    need. Plans with the same ``key`` serve each other's models: it stands for interpreter and environment.
+    need. Plans with the same ``key`` serve each other's models: it stands for interpreter and environment. With a
+    ``spec`` it waits in a container like this model's, and ``key`` stands for all of that, too.
     """
 
     key: str
@@ -56,6 +57,7 @@ class StandbyPlan(msgspec.Struct, frozen=True):
     script: Path
     env: dict[str, str]
     hints: tuple[str, ...] = ()
+    spec: Model | None = None
 
 
 class Readiness(msgspec.Struct, frozen=True):

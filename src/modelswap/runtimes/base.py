@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
 import msgspec
@@ -68,7 +68,7 @@ class Running(msgspec.Struct, frozen=True, kw_only=True):
 class StandbyState(msgspec.Struct, frozen=True, kw_only=True):
     """One key of `StandbyPlan`: a process that waits or is being made, or the ``problem`` that there is none.
 
-    ``host_bytes`` is the host memory that it alone takes.
+    ``host_bytes`` is the host memory that it alone takes; ``pid`` is 0 in a container.
     """
 
     key: str
@@ -144,6 +144,17 @@ class Runtime(Protocol):
 
     async def start(self, order: StartOrder) -> Running:
         """Start it and return at once; raises `StartFailed` or `NotPrepared`. It goes on if we die right after."""
+        ...
+
+    async def stand_by(self, plans: Sequence[StandbyPlan]) -> None:
+        """Have exactly these waiting for a start whose `StartOrder.standby` is one of them; returns at once.
+
+        What can't be made is told by `standbys` and in the log, and tried again minutes later. ``[]`` ends all.
+        """
+        ...
+
+    def standbys(self) -> list[StandbyState]:
+        """Return what waits, and what could not be made."""
         ...
 
     async def wait(self, running: Running) -> Exit:

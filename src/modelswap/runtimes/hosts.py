@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import TracebackType
@@ -12,10 +12,10 @@ from typing import Final, Protocol, Self
 import msgspec
 import structlog
 
-from modelswap.engines.base import Place
+from modelswap.engines.base import Place, StandbyPlan
 from modelswap.engines.registry import engine_for
 from modelswap.protocol.errors import Code, ModelswapError
-from modelswap.runtimes.base import Exit, Known, Report, Running, Runtime, StartOrder
+from modelswap.runtimes.base import Exit, Known, Report, Running, Runtime, StandbyState, StartOrder
 from modelswap.runtimes.process import ProcessRuntime
 from modelswap.spec.config import Config, Model
 
@@ -142,6 +142,16 @@ class Hosts:
     async def start(self, order: StartOrder) -> Running:
         """See `Runtime`."""
         return await self._of(order.spec).start(order)
+
+    async def stand_by(self, plans: Sequence[StandbyPlan]) -> None:
+        """See `Runtime`. Plans for containers wait until Docker is open."""
+        await self._process.stand_by([plan for plan in plans if plan.spec is None])
+        if self._docker is not None:
+            await self._docker.stand_by([plan for plan in plans if plan.spec is not None])
+
+    def standbys(self) -> list[StandbyState]:
+        """See `Runtime`."""
+        return [state for runtime in self._all() for state in runtime.standbys()]
 
     async def wait(self, running: Running) -> Exit:
         """See `Runtime`."""

@@ -28,12 +28,13 @@ async def request(
     *,
     params: Mapping[str, str] | None = None,
     body: Any = None,
+    data: bytes | None = None,
     headers: Mapping[str, str] | None = None,
     timeout: aiohttp.ClientTimeout | None = None,
 ) -> AsyncIterator[aiohttp.ClientResponse]:
     """Ask; raises `aiodocker.DockerError` for an answer that is an error, lets `aiohttp.ClientError` through.
 
-    ``timeout`` is the client's own unless given.
+    ``body`` is sent as JSON, ``data`` as it is. ``timeout`` is the client's own unless given.
     """
     if docker.api_version == "auto":
         # Asking for it makes aiodocker negotiate.
@@ -42,7 +43,7 @@ async def request(
         method,
         f"{docker.docker_host}/{docker.api_version}/{path}",
         params=params,
-        data=None if body is None else msgspec.json.encode(body),
+        data=data if body is None else msgspec.json.encode(body),
         headers={"content-type": "application/json", **(headers or {})},
         timeout=timeout or docker.session.timeout,
     ) as response:

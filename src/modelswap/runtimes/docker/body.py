@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
+from modelswap.engines.base import Address, Launch, StandbyPlan
 from modelswap.runtimes.base import StartOrder
 from modelswap.runtimes.docker.images import Image
 from modelswap.runtimes.docker.surroundings import Surroundings
@@ -25,6 +26,10 @@ DEFINITION: Final = "io.modelswap.definition"
 BODY: Final = "io.modelswap.body"
 IMAGE: Final = "io.modelswap.image"
 """The labels of a managed container; ``IMAGE`` is the image's id, so that a tag that has moved is noticed."""
+STANDBY: Final = "io.modelswap.standby"
+"""The label of a container that is made to wait; its value is the plan's key."""
+STANDBY_SCRIPT: Final = "/modelswap_standby.py"
+STANDBY_SOCKET: Final = "/tmp/modelswap-standby.sock"  # noqa: S108 - in a container of its own
 
 _UNCOUNTED: Final = frozenset({OWNER, DEFINITION, BODY})
 _LOOPBACK: Final = "127.0.0.1"
@@ -113,6 +118,33 @@ def create_body(
     labels = {MODEL: order.model, OWNER: owner, DEFINITION: order.definition, IMAGE: image.id}
     body["Labels"] = labels
     labels[BODY] = fingerprint(body)
+    return body
+
+
+def standby_body(
+    plan: StandbyPlan,
+    spec: Model,
+    image: Image,
+    around: Surroundings,
+    *,
+    port: int,
+    published: int | None,
+    gpu: int,
+    owner: str,
+    env: Mapping[str, str] = os.environ,
+) -> dict[str, Any]:
+    """Return the body of a container in which ``plan`` waits for a start of ``spec``, or of a model like it.
+
+    Its label `BODY` is equal for the bodies of models that can take each other's place.
+    """
+    launch = Launch((*plan.python, STANDBY_SCRIPT, "wait", STANDBY_SOCKET, *plan.hints), plan.env)
+    order = StartOrder(
+        instance="", model="", definition="", spec=spec, launch=launch, address=Address(_LOOPBACK, port), standby=plan
+    )
+    body = create_body(order, image, around, port=port, published=published, gpu=gpu, owner=owner, env=env)
+    shared = {name: value for name, value in body.items() if name not in ("Entrypoint", "Cmd")}
+    shared["Labels"] = {IMAGE: image.id}
+    body["Labels"] = {OWNER: owner, STANDBY: plan.key, IMAGE: image.id, BODY: fingerprint(shared)}
     return body
 
 

@@ -117,6 +117,8 @@ class Catalogue:
 
     def candidates(self, container: str, names: list[str], labels: Mapping[str, str]) -> list[str]:
         """Return the models that a container may be of, by what an event or a list tells of it; quick."""
+        if body.STANDBY in labels:
+            return []  # only our records say whose it has become
         if labels.get(body.OWNER) == self._owner:
             return [labels.get(body.MODEL, "")]
         return [
@@ -128,6 +130,8 @@ class Catalogue:
     async def belonging(self, inspected: Inspected) -> Belonging | None:
         """Return what a container is to us; None if nothing. Lets what calls raise through."""
         labels, models = labels_of(inspected), self.models or {}
+        if body.STANDBY in labels:
+            return None
         if labels.get(body.OWNER) == self._owner:
             model, definition = labels.get(body.MODEL, ""), labels.get(body.DEFINITION, "")
             known = models.get(model)

@@ -9,7 +9,7 @@ from typing import Any, Final
 import aiodocker
 import structlog
 
-from modelswap.engines.base import Address, Place
+from modelswap.engines.base import Address, Place, StandbyPlan
 from modelswap.protocol.errors import Code
 from modelswap.runtimes.base import Known, NotPrepared, StartFailed, StartOrder
 from modelswap.runtimes.docker import api, body
@@ -101,6 +101,18 @@ class Maker:
         _log.info("container made", model=order.model, container=name)
         return found
 
+    async def standby_body(self, plan: StandbyPlan, spec: Model, *, published: bool) -> dict[str, Any]:
+        """Return what a container is made of in which ``plan`` waits, ``published`` at a port taken now.
+
+        Raises `NotPrepared` without its image, `StartFailed` without a port.
+        """
+        image = await self._image(spec)
+        port = body.container_port(spec, image.ports, self._port_of(spec.engine))
+        number = None if self._around.network else self._ports.take() if published else 1
+        return body.standby_body(
+            plan, spec, image, self._around, port=port, published=number, gpu=self._gpu, owner=self._owner
+        )
+
     async def remove(self, inspected: Inspected) -> None:
         """Remove a container of ours that doesn't run; raises `ModelswapError`."""
         name = name_of(inspected)
@@ -130,6 +142,8 @@ class Maker:
         )
         for each in listed:
             labels = each["Labels"]
+            if body.STANDBY in labels:
+                continue
             known = models.get(labels.get(body.MODEL, ""))
             current = known is not None and known.spec.runtime == "managed"
             if current and known is not None and known.definition == labels.get(body.DEFINITION):

@@ -22,6 +22,8 @@ from modelswap.runtimes.docker.owner import sole_owner
 from modelswap.runtimes.docker.reach import started_at
 from modelswap.runtimes.docker.records import Starts, owner_id
 from modelswap.runtimes.docker.runtime import DockerRuntime
+from modelswap.runtimes.docker.spending import Spender
+from modelswap.runtimes.docker.standbys import Standbys
 from modelswap.runtimes.docker.starting import Starter
 from modelswap.runtimes.docker.stopping import KILL_SECONDS, Stopper
 from modelswap.runtimes.docker.surroundings import look_around
@@ -77,7 +79,9 @@ async def open_runtime(
         maker = Maker(docker, around, Ports(folder / "last-port", ports), gpu=gpu, owner=owner, port_of=port_of)
         tracker = Tracker(docker, around, catalogue, starts, chores)
         stopper = Stopper(docker, tracker, chores, kill_timeout)
-        starter = Starter(docker, around, catalogue, maker, tracker, starts, stopper)
+        standbys = Standbys(docker, maker, starts, chores, owner)
+        spender = Spender(docker, around, maker, tracker, starts, standbys, chores)
+        starter = Starter(docker, around, catalogue, maker, tracker, starts, stopper, spender)
         runtime = DockerRuntime(
             docker,
             around,
@@ -87,6 +91,7 @@ async def open_runtime(
             starter=starter,
             stopper=stopper,
             starts=starts,
+            standbys=standbys,
             chores=chores,
         )
         chores.start(watch(docker, now, tracker.take, tracker.reconcile), "Docker's events")

@@ -10,7 +10,7 @@ import contextlib
 import uuid
 from collections.abc import Collection
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 import structlog
@@ -44,6 +44,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     host_port: int = 0
     ended: float = 0.0
     written: float = 0.0
+    mechanism: Literal["cold", "standby"] = "cold"
 
     def running(self) -> Running:
         """Return it as an instance; it must be complete."""
@@ -54,6 +55,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
             address=Address(self.host, self.host_port),
             born=self.born,
             container=self.container,
+            mechanism=self.mechanism,
         )
 
     def completed(self, born: float, address: Address) -> Start:

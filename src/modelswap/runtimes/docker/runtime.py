@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import aiodocker
 import structlog
 
-from modelswap.engines.base import Address, Place
+from modelswap.engines.base import Address, Place, StandbyPlan
 from modelswap.protocol.errors import Code, ModelswapError
-from modelswap.runtimes.base import Exit, Known, Report, Running, StartFailed, StartOrder, Unkillable
+from modelswap.runtimes.base import Exit, Known, Report, Running, StandbyState, StartFailed, StartOrder, Unkillable
 from modelswap.runtimes.docker import api, logs
 from modelswap.runtimes.docker.catalogue import Catalogue
 from modelswap.runtimes.docker.chores import Chores
@@ -23,6 +23,7 @@ from modelswap.runtimes.docker.lives import Life, key_of
 from modelswap.runtimes.docker.making import ANYWHERE, Maker
 from modelswap.runtimes.docker.reach import Unreached, address_of, started_at
 from modelswap.runtimes.docker.records import LOG_MARGIN, Starts
+from modelswap.runtimes.docker.standbys import Standbys
 from modelswap.runtimes.docker.starting import Starter
 from modelswap.runtimes.docker.stopping import Stopper
 from modelswap.runtimes.docker.surroundings import Surroundings
@@ -49,6 +50,7 @@ class DockerRuntime:
         starter: Starter,
         stopper: Stopper,
         starts: Starts,
+        standbys: Standbys,
         chores: Chores,
     ) -> None:
         self._docker = docker
@@ -59,6 +61,7 @@ class DockerRuntime:
         self._starter = starter
         self._stopper = stopper
         self._starts = starts
+        self._standbys = standbys
         self._chores = chores
         tracker.on_unwanted = self._sweep_unwanted
 
@@ -128,6 +131,14 @@ class DockerRuntime:
             if not starting.cancelled():
                 await asyncio.shield(self._chores.start(self._undo(starting), f"undo {order.instance}"))
             raise
+
+    async def stand_by(self, plans: Sequence[StandbyPlan]) -> None:
+        """See `Runtime`."""
+        await self._standbys.keep(plans)
+
+    def standbys(self) -> list[StandbyState]:
+        """See `Runtime`."""
+        return self._standbys.states()
 
     async def wait(self, running: Running) -> Exit:
         """See `Runtime`."""
@@ -214,7 +225,7 @@ class DockerRuntime:
         return [
             f"container {life.running.container[:12]} of {life.running.model}, instance {life.running.instance}"
             for life in strays
-        ]
+        ] + await self._sweep_standbys()
 
     async def rotate(self) -> None:
         """Look whether anything was missed, forget old starts, remove containers that nobody wants any more."""
@@ -223,11 +234,20 @@ class DockerRuntime:
                 await self._tracker.reconcile()
             if self._catalogue.models is not None:
                 await self._maker.remove_outdated(self._catalogue.models)
+                await self._standbys.tidy()
         except (*Trouble, ModelswapError) as error:
             # It comes again in a few seconds.
             _log.debug("housekeeping", reason=str(error) or repr(error))
         living = {life.running.instance for life in self._tracker.lives.living()}
         self._starts.prune(self._catalogue.models or {}, living)
+
+    async def _sweep_standbys(self) -> list[str]:
+        try:
+            return await self._standbys.tidy()
+        except (*Trouble, ModelswapError) as error:
+            # They hold no device, and housekeeping comes again in a few seconds.
+            _log.warning("containers on standby can't be removed now", reason=str(error) or repr(error))
+            return []
 
     def _known(self) -> list[tuple[Running, float]]:
         """Return all starts that we know of, and from when on their container's log is theirs."""

@@ -20,6 +20,7 @@ from modelswap.runtimes.docker.making import Maker
 from modelswap.runtimes.docker.reach import Unreached, address_of, started_at
 from modelswap.runtimes.docker.records import Start, Starts
 from modelswap.runtimes.docker.refusals import has_gone, port_is_taken, refused
+from modelswap.runtimes.docker.spending import Spender
 from modelswap.runtimes.docker.stopping import Stopper
 from modelswap.runtimes.docker.surroundings import Surroundings
 from modelswap.runtimes.docker.tracking import Tracker
@@ -41,6 +42,7 @@ class Starter:
         tracker: Tracker,
         starts: Starts,
         stopper: Stopper,
+        spender: Spender,
     ) -> None:
         self._docker = docker
         self._around = around
@@ -49,6 +51,7 @@ class Starter:
         self._tracker = tracker
         self._starts = starts
         self._stopper = stopper
+        self._spender = spender
         self._locks: dict[str, asyncio.Lock] = {}
 
     async def create(self, order: StartOrder) -> None:
@@ -67,6 +70,8 @@ class Starter:
     async def start(self, order: StartOrder) -> Running:
         """Start a model's container; see `Runtime.start`."""
         async with self._lock(order.model):
+            if (running := await self._spender.start(order)) is not None:
+                return running
             for tries_left in reversed(range(_TRIES)):
                 inspected = await self._ready(order)
                 try:
