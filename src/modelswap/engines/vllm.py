@@ -39,6 +39,10 @@ _MODULE: Final = "vllm.entrypoints.openai.api_server"
 _IMAGE_PROGRAM: Final = ("vllm", "serve")
 _PORT: Final = 8000
 _KEY: Final = "VLLM_API_KEY"
+_CONTAINER: Final = {
+    *("image", "entrypoint", "volumes", "network", "gpus", "device", "devices", "shm_size", "ipc", "ulimits"),
+    *("extra_hosts", "port"),
+}
 _SLOTS: Final = 256
 _SHARE: Final = 0.92
 _STOP_GRACE: Final = 15.0
@@ -79,15 +83,18 @@ class Vllm:
     def standby(self, model: Model, launch: Launch) -> StandbyPlan | None:
         """Return how one waits in the Python that ``launch`` would start, with the same environment.
 
-        The API key isn't part of it: that is read when the server starts.
+        The API key isn't part of it: that is read when the server starts. For a container, neither is anything that
+        its command alone says.
         """
-        python = _interpreter(launch)
+        inside = model.runtime == "managed"
+        python = _image_interpreter(launch) if inside else _interpreter(launch)
         if python is None:
             return None
         env = {name: value for name, value in launch.env.items() if name != _KEY}
-        spelled = json.dumps([python, sorted(env.items())])
+        spelled = json.dumps([python, sorted(env.items()), _container(model) if inside else None])
         key = f"vllm-{hashlib.sha256(spelled.encode()).hexdigest()[:12]}"
-        return StandbyPlan(key, python, Path(vllm_standby.__file__), env, _architectures(model))
+        hints = () if inside else _architectures(model)
+        return StandbyPlan(key, python, Path(vllm_standby.__file__), env, hints, model if inside else None)
 
     def port(self) -> int:
         """Return vLLM's default, 8000."""
@@ -191,6 +198,21 @@ def _interpreter(launch: Launch) -> tuple[str, ...] | None:
         return None
     words = first[2:].decode(errors="replace").split() if first.startswith(b"#!") else []
     return tuple(words) if words and Path(words[0]).name.startswith("python") else None
+
+
+def _image_interpreter(launch: Launch) -> tuple[str, ...] | None:
+    """Return the command of an image's Python; the one that waits finds the Python of ``vllm`` from there."""
+    if "-m" in launch.argv:
+        return _interpreter(launch)
+    if "serve" not in launch.argv:
+        return None
+    return (*launch.argv[: launch.argv.index("serve") - 1], "python3")
+
+
+def _container(model: Model) -> list[object]:
+    """Return what of a model makes a difference to its container, beside its command and environment."""
+    from_hub = not (model.model or "").startswith(("/", "."))  # those get the Hugging Face cache
+    return [from_hub, model.model_dump(mode="json", include=_CONTAINER)]
 
 
 def _architectures(model: Model) -> tuple[str, ...]:

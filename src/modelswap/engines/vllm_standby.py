@@ -250,7 +250,7 @@ def become(order: dict[str, Any]) -> None:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
-    argv = order["argv"]
+    argv = unwrapped(order["argv"])
     with contextlib.suppress(ImportError):  # vLLM brings it; without it, ps shows how the standby was started
         import setproctitle
 
@@ -267,6 +267,12 @@ def become(order: dict[str, Any]) -> None:
     from vllm.entrypoints.cli.main import main
 
     sys.exit(main())
+
+
+def unwrapped(argv: list[str]) -> list[str]:
+    """Return ``argv`` without what only wraps the program (``uv run``, a script that is an image's entrypoint)."""
+    at = next((number for number, word in enumerate(argv) if word in ("-m", "serve")), 1)
+    return argv[max(at - 1, 0) :]
 
 
 def wait(path: str, architectures: list[str]) -> None:
