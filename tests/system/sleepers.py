@@ -127,9 +127,14 @@ class Rig:
 
 
 @contextlib.asynccontextmanager
-async def rig(folder: Path, models: dict[str, Any] | None = None, **sections: Any) -> AsyncIterator[Rig]:
-    """Run an orchestrator over models ``a`` and ``b`` (by default); no process is left in the end."""
-    ledger = Ledger.create(folder / "gpu.json", CAPACITY)
+async def rig(
+    folder: Path, models: dict[str, Any] | None = None, *, anew: bool = True, sweep: bool = True, **sections: Any
+) -> AsyncIterator[Rig]:
+    """Run an orchestrator over models ``a`` and ``b`` (by default); no process is left in the end.
+
+    With ``sweep`` False they are left to the next one, which is not to begin ``anew``.
+    """
+    ledger = Ledger.create(folder / "gpu.json", CAPACITY) if anew else Ledger(folder / "gpu.json")
     config = Config.model_validate(
         {
             "models": models or {name: sleepable(folder) for name in "ab"},
@@ -162,8 +167,9 @@ async def rig(folder: Path, models: dict[str, Any] | None = None, **sections: An
             await made.until(lambda: service.reading is not None, "the device is read")
             yield made
     finally:
-        await runtime.sweep(set())
-        assert not engines(folder)
+        if sweep:
+            await runtime.sweep(set())
+            assert not engines(folder)
 
 
 def engines(folder: Path) -> list[psutil.Process]:

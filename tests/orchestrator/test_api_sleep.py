@@ -1,0 +1,86 @@
+"""The endpoints around sleeping, pinning and calibrating."""
+
+from __future__ import annotations
+
+import asyncio
+
+from modelswap.orchestrator.measurements import COLD
+from tests.orchestrator.conftest import Api
+from tests.orchestrator.fakes import Bench, until
+
+
+def pinned(api: Api) -> set[str]:
+    """Return the pinned models."""
+    return {view.name for view in api.service.shell.snapshot().models if view.pinned}
+
+
+async def test_a_model_is_pinned_and_released(api: Api) -> None:
+    """By any of its names; without one: what is resident, or every one."""
+    status, body = await api.post("/pin", {"model": "first"})
+    assert (status, body) == (200, {"model": "a", "pinned": True, "status": "accepted"})
+    await until(lambda: pinned(api) == {"a"})
+    assert (await api.post("/pin", {"model": "nope"}))[0] == 404
+    assert (await api.post("/pin", {"model": "a", "pinned": "no"}))[0] == 400
+    await api.post("/pin", {"pinned": False})
+    await until(lambda: not pinned(api))
+
+
+async def test_calibrating_starts_a_model_twice(api: Api, bench: Bench) -> None:
+    """One that can't sleep is only started, and put out again each time; the result is kept, shown and told."""
+    with api.service.feed.subscribe() as told:
+        status, body = await api.post("/calibrate", {"model": "first"})
+    assert status == 200 and body["models"] == ["a"]
+    measured = body["measurements"]
+    assert isinstance(measured, list)
+    assert {row["mechanism"]: row["count"] for row in measured} == {"cold": 2, "stop": 2}
+    assert not bench.runtime.living
+    shown = await api.json("/status")
+    assert shown["measurements"] == measured and shown["calibrating"] is None
+    assert (await api.json("/models"))["models"][0]["measurements"] == measured
+    kinds = [item.kind for item in (told.get_nowait() for _ in range(told.qsize())) if item is not None]
+    assert kinds.count("calibration") >= 3 and kinds[-1] == "calibrated"
+    status, body = await api.post("/calibrate", {})
+    assert (status, body["models"]) == (200, ["a", "b"])
+
+
+async def test_only_one_is_calibrated_at_a_time(api: Api, bench: Bench) -> None:
+    """And a pinned one isn't, since it would not be put out."""
+    bench.runtime.start_gate.clear()
+    first = asyncio.create_task(api.post("/calibrate", {"model": "a"}))
+    await until(bench.runtime.starting.is_set)
+    status, body = await api.post("/calibrate", {"model": "b"})
+    assert status == 400 and "a is being calibrated" in str(body)
+    await api.post("/pin", {"model": "a"})
+    bench.runtime.start_gate.set()
+    status, body = await first
+    assert status == 503 and "pinned" in str(body)
+    assert api.service.calibrator.progress is None and not api.service.calibrator.idle
+
+
+async def test_a_model_that_does_not_start_is_not_calibrated(api: Api, bench: Bench) -> None:
+    """The reason comes back, and nothing is left of the attempt."""
+    bench.engine.canary_error = TimeoutError()
+    status, body = await api.post("/calibrate", {"model": "a"})
+    assert status == 503 and "canary" in str(body)
+    assert not api.service.chooser.forced and not api.service.calibrator.idle
+
+
+async def test_a_client_that_leaves_ends_the_calibration(api: Api, bench: Bench) -> None:
+    """The model is treated as before."""
+    bench.runtime.start_gate.clear()
+    asking = asyncio.create_task(api.post("/calibrate", {"model": "a"}))
+    await until(bench.runtime.starting.is_set)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    await until(lambda: api.service.calibrator.progress is None)
+    bench.runtime.start_gate.set()
+    assert not api.service.calibrator.idle
+
+
+async def test_a_start_measures(api: Api) -> None:
+    """Without any calibration, too."""
+    await api.post("/ensure_model", {"model": "a"})
+    definition = api.service.configured.definitions["a"]
+    assert api.service.outside.measurements.seconds("a", definition, COLD) is not None
+    shown = await api.json("/status")
+    assert set(shown["host_memory"]) == {"budget", "spent", "spare"}
