@@ -84,3 +84,10 @@ async def test_a_start_measures(api: Api) -> None:
     assert api.service.outside.measurements.seconds("a", definition, COLD) is not None
     shown = await api.json("/status")
     assert set(shown["host_memory"]) == {"budget", "spent", "spare"}
+    status, text = await api.get("/metrics")
+    assert status == 200
+    assert 'modelswap_mechanism_seconds_count{mechanism="cold",model="a"} 1.0' in text
+    assert 'modelswap_mechanism_seconds_count{mechanism="wake2",model="b"} 0.0' in text
+    assert 'orchestrator_swap_phase_seconds_count{phase="canary"} 1.0' in text
+    assert 'orchestrator_swap_phase_seconds_count{phase="queue"} 1.0' in text
+    assert 'modelswap_host_memory_bytes{kind="spent"} 0.0' in text and "modelswap_sleepers 0.0" in text

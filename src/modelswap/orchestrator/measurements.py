@@ -64,13 +64,15 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 class Measurements:
     """All of them. Those of another definition or engine version count as not there.
 
-    ``on_change`` is told the model whose measurements have changed.
+    ``on_change`` is told the model whose measurements have changed, ``on_took`` the model, mechanism and seconds of
+    each time that a way was gone.
     """
 
     def __init__(self, store: Store, on_change: Callable[[str], None] = lambda _: None) -> None:
         self._store = store
         self._known: dict[tuple[str, str], Measured] = {}
         self.on_change = on_change
+        self.on_took: Callable[[str, str, float], None] = lambda *_: None
 
     async def begin(self) -> None:
         """Read what earlier orchestrators measured."""
@@ -94,6 +96,7 @@ class Measurements:
 
     def took(self, model: str, definition: str, mechanism: str, seconds: float, *, first: bool = False) -> None:
         """Take in how long it took; ``first``: the first time of an instance that goes this way again and again."""
+        self.on_took(model, mechanism, seconds)
         before = self.of(model, definition, mechanism)
         average = Average(before.steady)
         if not first:

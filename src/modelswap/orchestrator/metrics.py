@@ -25,6 +25,7 @@ NONE: Final = "none"
 _PAIRS_UP_TO: Final = 12
 
 _SWAP_LABELS: Final = ("from", "to", "mechanism", "outcome")
+_MECHANISMS: Final = ("cold", "standby", "wake1", "wake2", "stop", "sleep1", "sleep2")
 _PREPARED: Final = ("ok", "failed")
 _FOREIGN: Final = ("adopted", "stopped")
 _OUTCOMES: Final = ("granted", "refused", "forgotten")
@@ -90,6 +91,15 @@ class Metrics:
             buckets=PREPARE_BUCKETS,
             registry=self.registry,
         )
+        self._mechanism_seconds = Histogram(
+            "modelswap_mechanism_seconds",
+            "Each way in (cold, standby, wake1, wake2) and out (stop, sleep1, sleep2) of a model",
+            ["model", "mechanism"],
+            buckets=SWAP_BUCKETS,
+            registry=self.registry,
+        )
+        self._host_memory = self._gauge("modelswap_host_memory_bytes", "Of sleepers and standbys", "kind")
+        self._asleep = self._gauge("modelswap_sleepers", "Models that are asleep")
         self._foreign_starts = self._counter(
             "modelswap_foreign_starts_total", "Engines that somebody else has started", "model", "outcome"
         )
@@ -123,6 +133,8 @@ class Metrics:
                 self._prepare_seconds.labels(name, ended)
             for became in _FOREIGN:
                 self._foreign_starts.labels(name, became)
+            for mechanism in _MECHANISMS:
+                self._mechanism_seconds.labels(name, mechanism)
             self._swaps.labels(NONE, name, "cold", SwapOutcome.OK)
             self._swaps.labels(NONE, name, "cold", SwapOutcome.FAILED)
             self._swaps.labels(name, NONE, "stop", SwapOutcome.OK)
@@ -167,6 +179,16 @@ class Metrics:
         if model in self._models:
             self._prepare_seconds.labels(model, "ok" if well else "failed").observe(seconds)
 
+    def took(self, model: str, mechanism: str, seconds: float) -> None:
+        """Note how long it took to bring a model in, or to put it out, in one of the ways."""
+        if model in self._models:
+            self._mechanism_seconds.labels(model, mechanism).observe(seconds)
+
+    def host_memory(self, spent: int, spare: int) -> None:
+        """Note the bytes of host memory that sleepers and standbys take, and may still take."""
+        self._host_memory.labels("spent").set(spent)
+        self._host_memory.labels("spare").set(spare)
+
     def foreign_start(self, model: str, outcome: str) -> None:
         """Count an engine that somebody else has started: ``adopted`` or ``stopped``."""
         if model in self._models:
@@ -183,6 +205,7 @@ class Metrics:
 
     def render(self, snapshot: Snapshot, reading: Reading | None, device: str, gateways: int) -> bytes:
         """Return everything in Prometheus' text format."""
+        self._asleep.set(sum(model.state is InstanceState.ASLEEP for model in snapshot.models))
         for model in snapshot.models:
             if model.name in self._models:
                 # What runs beside the others is not what the device has been swapped to.

@@ -127,6 +127,7 @@ class Service:
             publish=self.feed.publish,
         )
         outside.memory.budget = self._host_budget
+        outside.measurements.on_took = self.metrics.took
         outside.measurements.on_change = lambda _model: self.chooser.tell()
 
     def post(self, event: events.Event) -> None:

@@ -63,6 +63,7 @@ class Views:
         service.metrics.failed("scheduler", service.shell.failures)
         service.metrics.failed("task", service.tasks.failures)
         service.metrics.failed("journal", service.store.failures)
+        service.metrics.host_memory(sleepers.spent(service.outside), sleepers.spare(service.outside))
         text = service.metrics.render(service.shell.snapshot(), service.reading, DEVICE, service.links.connected)
         return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
@@ -99,6 +100,7 @@ class Views:
                 "measurements": service.outside.measurements.table(service.configured.definitions.items()),
                 "calibrating": service.calibrator.progress,
                 "host_memory": self._host_memory(),
+                "standbys": msgspec.to_builtins(service.outside.runtime.standbys()),
                 "devices": [{**msgspec.to_builtins(view), **self._memory(view.name)} for view in snapshot.devices],
                 "gateways": msgspec.to_builtins(snapshot.gateways),
             }
