@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelswap.engines.base import Address, Launch
-from modelswap.engines.custom import Custom
-from modelswap.engines.vllm import Vllm
+from modelswap.engines.registry import engine_for
 from modelswap.runtimes.base import StartOrder
 from modelswap.runtimes.docker import body as bodies
 from modelswap.runtimes.docker.body import container_name, container_port, create_body, fingerprint
@@ -31,8 +30,7 @@ def vllm(**fields: Any) -> Model:
 
 
 def order(spec: Model, definition: str = "digest") -> StartOrder:
-    engine = Vllm() if spec.engine == "vllm" else Custom()
-    launch = engine.launch("mistral", spec, Address("0.0.0.0", 8000), IMAGE.entrypoint)
+    launch = engine_for(spec.engine).launch("mistral", spec, Address("0.0.0.0", 8000), IMAGE.entrypoint)
     return StartOrder(
         instance="i", model="mistral", definition=definition, spec=spec, launch=launch, address=Address("0.0.0.0", 8000)
     )
@@ -265,3 +263,11 @@ def test_the_port_is_the_configs_else_the_exposed_else_the_usual_one() -> None:
     assert container_port(vllm(), (), 8000) == 8000
     assert container_port(vllm(), (9090, 8000), 8000) == 8000
     assert container_port(vllm(), (9090, 7000), 8000) == 7000
+
+
+def test_sglang_gets_the_cache_and_the_shared_memory_that_vllm_gets() -> None:
+    """It loads from the hub and talks between processes in the same ways."""
+    spec = Model.model_validate({"engine": "sglang", "model": "org/name", "image": "sglang"})
+    body = made(spec, INSIDE)
+    assert body["HostConfig"]["Binds"] == [f"stack_hf:{CACHE}"]
+    assert body["HostConfig"]["ShmSize"] == made(vllm())["HostConfig"]["ShmSize"]

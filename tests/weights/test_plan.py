@@ -49,6 +49,7 @@ def weights(args: list[str], names: list[str]) -> list[str]:
         {"engine": "custom", "model": "org/name", "command": ["serve"]},
         {"model": "org/name", "container": "mistral-llm"},
         {"model": "org/name", "env": {"VLLM_USE_MODELSCOPE": "True"}},
+        {"model": "org/name", "engine": "sglang", "env": {"SGLANG_USE_MODELSCOPE": "1"}},
         {"model": "org/name", "image": "vllm", "args": ["--download-dir", "/weights"]},
     ],
 )
@@ -95,6 +96,17 @@ def test_tokenizer_draft_and_lora_are_wanted_too() -> None:
     assert found.repos[1].weights == ()
     assert found.repos[2].weights
     assert choose(found.repos[3], ["a.txt", "b.pth", "onnx/c"]) == ["a.txt", "b.pth", "onnx/c"]
+
+
+def test_sglang_wants_the_same_in_its_own_words() -> None:
+    """Draft and adapters are named by other options; Mistral's own format isn't what it loads by itself."""
+    args = ["--speculative-draft-model-path", "org/draft", "--lora-paths", "a=org/lora-a", "org/lora-b", "--tp", "2"]
+    found = plan(engine="sglang", model="org/name", args=args)
+    assert found is not None
+    assert [repo.repo for repo in found.repos] == ["org/name", "org/draft", "org/lora-a", "org/lora-b"]
+    assert found.repos[0].weights[0] == "*.safetensors"
+    narrowed = plan(engine="sglang", model="org/name", args=["--load-format", "mistral"])
+    assert narrowed is not None and narrowed.repos[0].weights == ("consolidated*.safetensors",)
 
 
 def test_a_draft_without_a_model_wants_nothing() -> None:

@@ -1,13 +1,15 @@
 """What a model loads from the Hugging Face hub; pure.
 
-vLLM alone loads what we download: llama.cpp's ``-hf`` has a cache of its own, and ``custom`` commands and the embedded
-engine see to their own weights. The same files are taken as by vLLM (read in its sources of 2026,
-`model_executor/model_loader/default_loader.py` and `weight_utils.py`):
+vLLM and SGLang load what we download: llama.cpp's ``-hf`` has a cache of its own, and ``custom`` commands and the
+embedded engine see to their own weights. The same files are taken as by vLLM (read in its sources of 2026,
+`model_executor/model_loader/default_loader.py` and `weight_utils.py`, from which SGLang's were made):
 
-- of ``consolidated*.safetensors`` (Mistral's own format), ``*.safetensors``, ``*.bin``, ``*.pt`` the first that the
-  repository has at its top, and all files of that kind; ``--load-format`` and ``--ignore-patterns`` narrow that;
+- of ``consolidated*.safetensors`` (Mistral's own format; vLLM only), ``*.safetensors``, ``*.bin``, ``*.pt`` the first
+  that the repository has at its top, and all files of that kind; ``--load-format`` and ``--ignore-patterns`` narrow
+  that;
 - configuration and tokenizer: everything small that is no weights;
-- all of a LoRA adapter's repository; a draft model's (``--speculative-config``) like the model's own.
+- all of a LoRA adapter's repository; a draft model's (``--speculative-config``, SGLang's
+  ``--speculative-draft-model-path``) like the model's own.
 
 Not seen: what a file given with ``--config`` says, and LoRA modules that are loaded at run time.
 """
@@ -30,6 +32,7 @@ MAIN: Final = "main"
 ALL: Final = ("*",)
 """A repository's every file."""
 
+_ENGINES: Final = ("vllm", "sglang")
 _IGNORED: Final = ("original/**/*",)
 # Never read, however small.
 _ASIDE: Final = ("original/*", "onnx/*", "openvino/*", "coreml/*", "metal/*")
@@ -94,7 +97,7 @@ def wanted(
     ``mounted`` says that the container that somebody else made (``container``, ``compose_service``) shares our cache.
     ``local`` finds a text as a file or folder, for engines that are our processes.
     """
-    if spec.engine != "vllm" or (spec.runtime == "adopted" and not mounted) or _from_modelscope(spec):
+    if spec.engine not in _ENGINES or (spec.runtime == "adopted" and not mounted) or _from_modelscope(spec):
         return None
     folder = options.value(spec.args, "--download-dir")
     if folder is not None and spec.runtime != "process":
@@ -138,7 +141,8 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _from_modelscope(spec: Model) -> bool:
-    return spec.env.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true")
+    said = (spec.env.get(f"{engine.upper()}_USE_MODELSCOPE", "") for engine in _ENGINES)
+    return any(text.lower() in ("1", "true") for text in said)
 
 
 def _repos(spec: Model) -> Iterator[Repo]:
@@ -146,7 +150,7 @@ def _repos(spec: Model) -> Iterator[Repo]:
     revision, folder = options.value(args, "--revision"), options.value(args, "--download-dir")
     ignore = tuple(_listed(args, "--ignore-patterns")) or _IGNORED
     text, weights = _gguf(spec.model or options.value(args, "--model") or "")
-    model = Repo(repo=text, revision=revision, weights=weights or _format(args), ignore=ignore)
+    model = Repo(repo=text, revision=revision, weights=weights or _format(spec), ignore=ignore)
     if folder is not None and model.weights:
         # vLLM keeps weights, and the index and configuration that it reads with them, in that folder.
         yield msgspec.structs.replace(model, extra=("*.json",), folder=folder)
@@ -162,6 +166,8 @@ def _repos(spec: Model) -> Iterator[Repo]:
         path = _json(module).get("path") if module.startswith("{") else module.partition("=")[2]
         if isinstance(path, str):
             yield Repo(repo=path, extra=ALL)
+    for adapter in _listed(args, "--lora-paths"):
+        yield Repo(repo=adapter.rpartition("=")[2], extra=ALL)
 
 
 def _gguf(text: str) -> tuple[str, tuple[str, ...]]:
@@ -173,12 +179,16 @@ def _gguf(text: str) -> tuple[str, tuple[str, ...]]:
     return match["repo"], (match["file"],) if match["file"] else (f"*-{quant}.gguf", f"*-{quant}-*.gguf")
 
 
-def _format(args: Sequence[str]) -> tuple[str, ...]:
-    given = (options.value(args, "--load-format") or "auto").lower()
+def _format(spec: Model) -> tuple[str, ...]:
+    given = (options.value(spec.args, "--load-format") or "auto").lower()
+    if given == "auto" and spec.engine == "sglang":
+        given = "hf"
     return () if given in _ELSEWHERE else _FORMATS.get(given, _AUTO)
 
 
 def _draft(args: Sequence[str]) -> Repo | None:
+    if (path := options.value(args, "--speculative-draft-model-path")) is not None:
+        return Repo(repo=path, revision=options.value(args, "--speculative-draft-model-revision"), weights=_AUTO[1:])
     settings = _json(options.value(args, "--speculative-config", "-sc") or "")
     repo = settings.get("model") or options.value(args, "--speculative-config.model")
     revision = settings.get("revision") or options.value(args, "--speculative-config.revision")

@@ -33,6 +33,7 @@ STANDBY_SOCKET: Final = "/tmp/modelswap-standby.sock"  # noqa: S108 - in a conta
 
 _UNCOUNTED: Final = frozenset({OWNER, DEFINITION, BODY})
 _LOOPBACK: Final = "127.0.0.1"
+_HUB_ENGINES: Final = ("vllm", "sglang")
 _HF_HOME: Final = "/root/.cache/huggingface"
 _HF_PLACES: Final = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
 _HF_PASSED: Final = ("HF_TOKEN", "HF_ENDPOINT")
@@ -99,7 +100,7 @@ def create_body(
         host["IpcMode"] = spec.ipc
     if spec.shm_size is not None:
         host["ShmSize"] = int(spec.shm_size)
-    elif spec.engine == "vllm" and spec.ipc is None:
+    elif spec.engine in _HUB_ENGINES and spec.ipc is None:
         host["ShmSize"] = _VLLM_SHM_BYTES
     body: dict[str, Any] = {
         "Image": spec.image,
@@ -163,7 +164,7 @@ def fingerprint(body: Mapping[str, Any]) -> str:
 
 
 def _from_hub(spec: Model) -> bool:
-    return spec.engine == "vllm" and spec.model is not None and not spec.model.startswith(("/", "."))
+    return spec.engine in _HUB_ENGINES and spec.model is not None and not spec.model.startswith(("/", "."))
 
 
 def _has_cache(spec: Model) -> bool:
