@@ -47,6 +47,10 @@ class FakeWeights:
         if self.error is not None:
             raise self.error
 
+    async def size(self, name: str, spec: Model) -> int | None:
+        """See `Weights`."""
+        return 1000
+
 
 class Job:
     """One preparing of model ``a``, and how it ended."""

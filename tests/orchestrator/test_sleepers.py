@@ -106,15 +106,17 @@ async def test_what_a_sleeper_will_take_is_measured_or_guessed(
     """A little more than was measured; before, what its weights take when they are pinned."""
     (tmp_path / "model.gguf").write_bytes(b"x" * 1000)
     hosted = world.host_running("a.1.1", "a")
-    hosted.spec = config(a={"model": str(tmp_path / "model.gguf")}).models["a"]
+    hosted.held = 2000
     monkeypatch.setattr(sleepers, "process_bytes", lambda _running: 100)
-    assert (await sleepers.expected_host(world.outside, hosted, 1)) == (1600, 100)
+    assert (await sleepers.expected_host(world.outside, hosted, 1)) == (3100, 100)
+    world.outside.weights["digest"] = 1000
+    assert await sleepers.expected_host(world.outside, hosted, 1) == (1600, 100)
     assert (await sleepers.expected_host(world.outside, hosted, 2)) == (100, 100)
     world.measurements.slept("a", "digest", 1, residue=1, host=1000)
     assert (await sleepers.expected_host(world.outside, hosted, 1)) == (1100, 100)
     folder = config(a={"model": str(tmp_path)}).models["a"]
-    assert sleepers.weight_bytes(folder) == 1000
-    assert sleepers.weight_bytes(config(a={"model": "no/such"}).models["a"]) is None
+    assert sleepers.weights_on_disk(folder) == 1000
+    assert sleepers.weights_on_disk(config(a={"model": "no/such"}).models["a"]) is None
 
 
 class Choice:

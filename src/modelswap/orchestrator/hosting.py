@@ -107,6 +107,8 @@ class Outside:
     clock: Callable[[], float]
     memory: HostMemory = field(default_factory=HostMemory)
     ranking: Ranking = field(default_factory=Ranking)
+    weights: dict[str, int] = field(default_factory=dict)
+    """The bytes of models' weights by their definition, where they are known."""
     hosted: dict[str, Hosted] = field(default_factory=dict)
     free_when_empty: int | None = None
     """Bytes that were free on the device when it was last verified with nothing of ours on it."""

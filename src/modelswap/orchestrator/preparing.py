@@ -34,6 +34,10 @@ class Weights(Protocol):
         """Download what is missing of a model's weights; raises `ModelswapError`. Cancelling it is safe."""
         ...
 
+    async def size(self, name: str, spec: Model) -> int | None:
+        """Return the bytes of a model's weights; None if they aren't all here, or are none of ours."""
+        ...
+
 
 class NoWeights:
     """`Weights` where engines see to their own."""
@@ -44,6 +48,10 @@ class NoWeights:
 
     async def fetch(self, name: str, spec: Model, report: Report) -> None:
         """See `Weights`."""
+
+    async def size(self, name: str, spec: Model) -> int | None:
+        """See `Weights`."""
+        return None
 
 
 def needed(spec: Model, weights: Weights) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ from modelswap.spec.config import Config, EngineName
 READ_EVERY: Final = 2.0
 ROTATE_EVERY: Final = 10.0
 _APPLIED_WITHIN: Final = 5.0
+_WEIGH_EVERY: Final = 15
 
 _log = structlog.get_logger(__name__)
 
@@ -310,10 +312,25 @@ class Service:
 
     async def watch_memory(self) -> None:
         """Every second, give sleepers up if host memory is short, and choose anew how models are put out."""
-        while True:
+        for second in itertools.count():
+            if second % _WEIGH_EVERY == 0:
+                await self._weigh()
             await asyncio.sleep(sleepers.LOOK_EVERY)
             sleepers.keep_within(self.outside)
             self.chooser.tell()
+
+    async def _weigh(self) -> None:
+        """Find out how large the weights are of models that may sleep, as soon as they are here."""
+        known, configured = self.outside.weights, self.configured
+        for name, definition in configured.definitions.items():
+            spec = configured.config.models[name]
+            if definition in known or not configured.engines[name].sleep_levels(spec):
+                continue
+            size = await asyncio.to_thread(sleepers.weights_on_disk, spec)
+            if size is None:
+                size = await self._parts.weights.size(name, spec)
+            if size is not None:
+                known[definition] = size
 
     async def rotate_logs(self) -> None:
         """Keep engine logs small, until cancelled."""

@@ -86,8 +86,7 @@ async def expected_host(outside: Outside, hosted: Hosted, level: int) -> tuple[i
         return max(int(known * SLACK), hosted.host_bytes), current
     weights = 0
     if level == 1:
-        on_disk = await asyncio.to_thread(weight_bytes, hosted.spec)
-        weights = int(PINNED * (_held(hosted) if on_disk is None else on_disk))
+        weights = int(PINNED * outside.weights.get(hosted.definition, _held(hosted)))
     return max(current, 0 if hosted.running and hosted.running.pid else USUAL_PROCESS) + weights, current
 
 
@@ -160,7 +159,7 @@ def process_bytes(running: Running | None) -> int:
     return sum(_bytes_of(process) for process in processes)
 
 
-def weight_bytes(spec: Model) -> int | None:
+def weights_on_disk(spec: Model) -> int | None:
     """Return the size of a model's weights if they lie in a file or folder that it names; None if they don't.
 
     Blocks for the reading of a folder.

@@ -33,7 +33,6 @@ class Chooser:
         self._configured = configured
         self._reading = reading
         self._told: dict[str, tuple[str, int]] = {}
-        self._weights: dict[tuple[str, str], int] = {}
 
     def tell(self) -> None:
         """Tell the scheduler of every model whose way out is another than before."""
@@ -71,7 +70,7 @@ class Chooser:
         wake = known.of(name, definition, waking(level))
         verdict = {None: Verdict.UNTRIED, True: Verdict.GOOD, False: Verdict.OFF}[sleep.ok]
         seconds = None if sleep.steady is None or wake.steady is None else sleep.steady + wake.steady
-        host = sleep.host if sleep.host is not None else self._guess(name, definition, level, hosted)
+        host = sleep.host if sleep.host is not None else self._guess(definition, level, hosted)
         paid = hosted.host_bytes if hosted is not None else 0
         return SleepWay(
             level=level,
@@ -81,16 +80,12 @@ class Chooser:
             residue=sleep.residue or 0,  # unknown: it is tried, and what is missing then is taken from sleepers
         )
 
-    def _guess(self, name: str, definition: str, level: int, hosted: Hosted | None) -> int:
+    def _guess(self, definition: str, level: int, hosted: Hosted | None) -> int:
         """Return roughly what a sleeper will take; whoever puts it to sleep looks closely."""
         if level != 1:
             return 0
-        key = (name, definition)
-        if key not in self._weights:
-            spec = self._configured().config.models[name]
-            self._weights[key] = sleepers.weight_bytes(spec) or 0
-        weights = self._weights[key] or (hosted.held if hosted is not None else 0) or 0
-        return int(weights * sleepers.PINNED)
+        held = hosted.held if hosted is not None else None
+        return int(self._outside.weights.get(definition, held or 0) * sleepers.PINNED)
 
     def _room(self, configured: Configured, name: str, reading: Reading, hosted: Hosted | None) -> Room:
         """Return what is left if every sleeper goes that is worth less."""

@@ -89,6 +89,11 @@ class HubWeights:
         task = self._task(name, spec)
         return None if task is None else await asyncio.to_thread(_present, *task)
 
+    async def size(self, name: str, spec: Model) -> int | None:
+        """Return how many bytes are there if nothing is missing; None if something is, or nothing is wanted."""
+        found = await self.present(name, spec)
+        return None if found is None else found.total
+
     def _task(self, name: str, spec: Model) -> tuple[Wanted, dict[str, str]] | None:
         found = plan.wanted(name, spec, mounted=self._mounted(spec))
         if found is None:
