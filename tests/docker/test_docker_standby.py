@@ -13,7 +13,7 @@ import pytest
 from modelswap.engines.base import StandbyPlan
 from modelswap.runtimes.base import Exit, Running, StandbyState, StartOrder
 from modelswap.runtimes.docker import api
-from modelswap.runtimes.docker.body import STANDBY
+from modelswap.runtimes.docker.body import OWNER, STANDBY
 from modelswap.spec.config import Model
 from tests.runtimes.docker_host import PORT, DockerHost, docker_host
 from tests.runtimes.saying import until
@@ -169,10 +169,12 @@ async def test_a_spent_container_is_not_used_again(bench: Bench) -> None:
 
 
 async def test_a_later_orchestrator_knows_what_became_of_it(bench: Bench) -> None:
-    """Who comes after us finds the instance as it is, and sweeps away what still waits."""
+    """Who comes after us finds the instance as it is, and sweeps away what a killed one of us left waiting."""
     await bench.settled()
     running = await bench.start("obey")
-    await bench.settled()
+    labels = {OWNER: (await bench.host.inspect(running.container))["Config"]["Labels"][OWNER]}
+    left = await bench.host.make("left", Labels={**labels, STANDBY: bench.host.name})
+    await bench.host.post(left, "start")
     assert len(await bench.standbys()) == 2
     await bench.host.reopen()
     assert await bench.host.runtime.instances() == [running]
@@ -181,6 +183,17 @@ async def test_a_later_orchestrator_knows_what_became_of_it(bench: Bench) -> Non
     assert [each["Id"] for each in await bench.standbys()] == [running.container]
     assert len(await bench.host.runtime.sweep(set())) == 1
     assert await bench.host.runtime.wait(running) == Exit(-9, killed=True)
+
+
+async def test_what_waits_ends_with_us(bench: Bench) -> None:
+    """Closing the runtime leaves the engine that runs, and nothing that waits."""
+    await bench.settled()
+    running = await bench.start("obey")
+    await bench.settled()
+    assert len(await bench.standbys()) == 2
+    await bench.host.reopen()
+    assert [each["Id"] for each in await bench.standbys()] == [running.container]
+    assert await bench.host.runtime.instances() == [running]
 
 
 @pytest.mark.parametrize("mode", ["refuse", "vanish"])
@@ -211,6 +224,7 @@ async def test_an_image_that_is_not_fit_says_why(bench: Bench) -> None:
         return await bench.standbys() == []
 
     await until(removed)
+    await bench.host.runtime.stand_by([])
     await bench.host.runtime.stand_by([bench.plan("unfit")])
     assert bench.state == state
     assert (await bench.start("obey", mode="unfit")).mechanism == "cold"

@@ -15,15 +15,19 @@ async def ask(docker: aiodocker.Docker, container: str, command: Sequence[str], 
     """Return the last line that ``command`` wrote to its standard output, empty if it wrote none.
 
     ``line`` is what it reads from its standard input. Raises `TimeoutError` after ``within`` seconds,
-    `aiodocker.DockerError` if the container doesn't run or has no such command, and lets `aiohttp.ClientError` through.
+    `aiodocker.DockerError` if the container doesn't run, and lets `aiohttp.ClientError` and `OSError` through.
     """
     said = bytearray()
-    async with asyncio.timeout(within):
-        made = await docker.containers.container(container).exec(list(command), stdin=True, stderr=False)
-        async with made.start(detach=False) as stream:
-            await stream.write_in(line + b"\n")
-            while (message := await stream.read_out()) is not None:
-                if message.stream == _STDOUT:
-                    said += message.data
+    try:
+        async with asyncio.timeout(within):
+            made = await docker.containers.container(container).exec(list(command), stdin=True, stderr=False)
+            async with made.start(detach=False) as stream:
+                await stream.write_in(line + b"\n")
+                while (message := await stream.read_out()) is not None:
+                    if message.stream == _STDOUT:
+                        said += message.data
+    except AssertionError as error:
+        # aiodocker asserts, at every step, that the other side hasn't closed the connection.
+        raise ConnectionResetError("Docker closed the connection to the command") from error
     lines = said.strip().splitlines()
     return bytes(lines[-1]) if lines else b""

@@ -39,6 +39,7 @@ _RETRY_SOON: Final = 10.0
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 1.0
 _LOOK_EVERY: Final = 5.0
+_CLOSE_WITHIN: Final = 10.0
 _GONE: Final = (404, 409)
 
 _log = structlog.get_logger(__name__)
@@ -87,7 +88,8 @@ class Standbys:
         for key in [key for key in self._waiting if key not in wanted]:
             await self._end(self._waiting.pop(key))
         now = asyncio.get_running_loop().time()
-        self._failed = {key: failed for key, failed in self._failed.items() if key in wanted}
+        # One that isn't wanted just now, because somebody waits, is no better for that.
+        self._failed = {key: one for key, one in self._failed.items() if key in wanted or now < one[0]}
         for key, plan in wanted.items():
             if key not in self._waiting and now >= self._failed.get(key, (now, ""))[0]:
                 self._failed.pop(key, None)
@@ -142,6 +144,13 @@ class Standbys:
                 await self._remove(each["Id"])
                 gone.append(f"container {each['Id'][:12]} on standby")
         return gone
+
+    async def close(self) -> None:
+        """End all that wait, as far as that can be done within seconds."""
+        waiting, self._waiting = list(self._waiting.values()), {}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_WITHIN):
+                await asyncio.gather(*(self._end(standby) for standby in waiting))
 
     async def _live(self, standby: Standby) -> None:
         """Make it, see it become ready, and see it end."""
