@@ -53,10 +53,11 @@ async def open_runtime(
     """Connect to Docker, become its only orchestrator, and host engines there for as long as the context lasts.
 
     What runs goes on when it's left; what waits for a start is ended. ``state_dir`` holds what must outlive us; the
-    caller alone uses it. ``gpu`` is the index of the config's device. ``port_of`` tells where an engine listens in its container if nobody says
-    otherwise. ``ports`` are the loopback ports to publish (by default 10,000 outside the ephemeral range). Docker may
-    be away for ``patience`` seconds, and a container survive SIGKILL for ``kill_timeout`` seconds. ``lock`` begins the
-    names of the volumes by which orchestrators of one Docker know of each other (tests have their own).
+    caller alone uses it. ``gpu`` is the index of the config's device. ``port_of`` tells where an engine listens in its
+    container if nobody says otherwise. ``ports`` are the loopback ports to publish (by default 10,000 outside the
+    ephemeral range). Docker may be away for ``patience`` seconds, and a container survive SIGKILL for ``kill_timeout``
+    seconds. ``lock`` begins the names of the volumes by which orchestrators of one Docker know of each other (tests
+    have their own).
 
     Raises `DockerAway`, `owner.OtherOwner`.
     """
