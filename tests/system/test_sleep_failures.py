@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -231,3 +232,19 @@ async def test_the_budget_for_host_memory_is_never_exceeded(tmp_path: Path) -> N
         watching.cancel()
         assert most == 2 and wakes >= 2
         made.assert_sound()
+
+
+async def test_hooks_run_around_sleeping_and_waking_too(tmp_path: Path) -> None:
+    """Each once, in order; also when the sleep failed and the engine was stopped instead."""
+    out = tmp_path / "said"
+    say = f"import os; open({str(out)!r}, 'a').write(os.environ['MODELSWAP_HOOK'] + ' ')"
+    moments = ("before_load", "after_load", "before_unload", "after_unload")
+    hooks = {moment: [{"command": [sys.executable, "-S", "-c", say]}] for moment in moments}
+    async with rig(tmp_path, {"a": sleepable(tmp_path, hooks=hooks), "b": sleepable(tmp_path)}) as made:
+        for model in "ab":
+            made.knows(model)
+        await made.ensure("a")
+        assert await asleep_and_back(made) == "wake"
+        await made.fault("a", sleep="fail")
+        assert await asleep_and_back(made) == "cold"
+        assert out.read_text().split() == [*moments, *moments, *moments[:2]]

@@ -80,6 +80,8 @@ def room(outside: Outside, hosted: Hosted, size: int, current: int) -> int:
 
 async def expected_host(outside: Outside, hosted: Hosted, level: int) -> tuple[int, int]:
     """Return the host bytes that an instance is expected to take asleep, and what it takes now."""
+    if hosted.rounds and hosted.host_bytes:
+        return hosted.host_bytes, hosted.host_bytes
     current = await asyncio.to_thread(process_bytes, hosted.running)
     known = outside.measurements.of(hosted.model, hosted.definition, sleeping(level)).host
     if known is not None:

@@ -165,13 +165,16 @@ async def _host_bytes(outside: Outside, hosted: Hosted, free_before: int) -> int
 
     What a driver pins for a process isn't always counted as its own; then only the host's free memory tells.
     """
+    if hosted.rounds:
+        return hosted.host_bytes  # it keeps what it has pinned, and looking takes time
     own = await asyncio.to_thread(sleepers.process_bytes, hosted.running)
-    if outside.device.kind == "nvml" and not hosted.rounds:
+    if outside.device.kind == "nvml":
         current = own or sleepers.USUAL_PROCESS
         return max(own, min(current + max(free_before - outside.memory.available(), 0), hosted.host_bytes))
     return own or hosted.host_bytes
 
 
 def _fail(outside: Outside, hosted: Hosted, reason: str) -> None:
+    hosted.asleep = 0  # as far as its hooks are concerned; the journal knows better
     _log.warning("can't sleep; it is stopped", model=hosted.model, instance=hosted.instance, reason=reason)
     outside.post(events.SleepFailed(at=outside.clock(), instance=hosted.instance, message=reason))
