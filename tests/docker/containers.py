@@ -63,10 +63,9 @@ class ContainerStack:
             name: {
                 **common,
                 "image": ENGINE_IMAGE,
-                "model": f"test/{name}",
+                "model": f"/models/{name}",
                 "pull": "never",
-                "env": {"SIM_ARGS": sim, "HF_HUB_OFFLINE": "1"},
-                "volumes": [f"{folder / 'weights'}:/root/.cache/huggingface"],
+                "env": {"SIM_ARGS": sim},
                 "shm_size": "16MiB",
             }
             for name in MANAGED
@@ -77,7 +76,6 @@ class ContainerStack:
         self.stack = Stack(folder, models=models, **sections)
 
     async def __aenter__(self) -> ContainerStack:
-        (self.stack.folder / "weights").mkdir()
         self.docker = aiodocker.Docker()
         for name in ADOPTED:
             await self._create(name)
@@ -102,7 +100,7 @@ class ContainerStack:
         published = {"8000/tcp": [{"HostIp": "127.0.0.1", "HostPort": str(self.port)}]} if self.network is None else {}
         config: dict[str, Any] = {
             "Image": ENGINE_IMAGE,
-            "Cmd": [f"test/{name}", "--served-model-name", name],
+            "Cmd": [f"/models/{name}", "--served-model-name", name],
             "Env": [f"SIM_ARGS={self._sim}"],
             "Labels": {LABEL: self.prefix},
             "HostConfig": {"Init": True, "RestartPolicy": {"Name": "unless-stopped"}, "PortBindings": published},

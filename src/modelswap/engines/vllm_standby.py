@@ -259,11 +259,11 @@ def become(order: dict[str, Any]) -> None:
         signal.signal(number, signal.SIG_DFL)
     if argv[1] == "-m":
         sys.argv = [argv[2], *argv[3:]]
-        sys.path[0] = os.getcwd()
+        sys.path.insert(0, os.getcwd())
         runpy.run_module(argv[2], run_name="__main__", alter_sys=True)
         return
     sys.argv = argv
-    sys.path[0] = os.path.dirname(shutil.which(argv[0]) or argv[0])
+    sys.path.insert(0, os.path.dirname(shutil.which(argv[0]) or argv[0]))
     from vllm.entrypoints.cli.main import main
 
     sys.exit(main())
@@ -311,6 +311,7 @@ def tell(path: str) -> None:
 
 
 if __name__ == "__main__":
+    del sys.path[0]  # our own folder, which may hold anything, a module called vllm included
     if len(sys.argv) >= 3 and sys.argv[1] == "wait":
         wait(sys.argv[2], sys.argv[3:])
     elif len(sys.argv) == 3 and sys.argv[1] == "tell":

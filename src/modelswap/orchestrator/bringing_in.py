@@ -170,14 +170,19 @@ async def order_for(
 ) -> StartOrder:
     """Return what the runtime needs to start an instance, or to make ready for its start."""
     place = await outside.runtime.allocate(spec)
-    adopted = spec.runtime == "adopted"  # somebody else has said how it is started
+    if spec.runtime == "adopted":  # somebody else has said how it is started
+        launch, standby = Launch((), {}), None
+    else:
+        launch = engine.launch(model, spec, place.address, place.program)
+        standby = engine.standby(spec, launch) if spec.standby else None
     return StartOrder(
         instance=instance,
         model=model,
         definition=definition,
         spec=spec,
-        launch=Launch((), {}) if adopted else engine.launch(model, spec, place.address, place.program),
+        launch=launch,
         address=place.address,
+        standby=standby,
     )
 
 

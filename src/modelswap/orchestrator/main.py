@@ -14,7 +14,7 @@ import structlog
 
 from modelswap.devices.choose import open_device
 from modelswap.engines.registry import engine_for
-from modelswap.orchestrator import state, tokens
+from modelswap.orchestrator import standing_by, state, tokens
 from modelswap.orchestrator.api.app import admin_app
 from modelswap.orchestrator.api.guard import KnownHosts
 from modelswap.orchestrator.logging_setup import log_to_stderr
@@ -71,6 +71,8 @@ async def serve(
             sock = listen(config.orchestrator.host, config.orchestrator.port)
         stack.enter_context(contextlib.closing(sock))
         async with running(config_path, config, parts) as service:
+            service.outside.memory.standbys = lambda: standing_by.host_bytes(service.outside)
+            service.tasks.start(standing_by.keep_standing_by(service), "standbys")
             await serve_api(service, sock, stop=stop, reload=reload or asyncio.Event(), ready=ready)
 
 
