@@ -69,7 +69,7 @@ class DockerSide:
     async def ours(self) -> set[str]:
         """See `Engine`."""
         made = await api.call(
-            self._docker, "GET", "containers/json", params={"filters": api.filters(label=[body.MODEL])}
+            self._docker, "GET", "containers/json", params={"filters": api.filters(label=[body.OWNER])}
         )
         found = {str(each["Id"]) for each in made}
         for name, spec in self._config.models.items():
