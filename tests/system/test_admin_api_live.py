@@ -135,7 +135,7 @@ async def test_an_operator_drives_it_with_curl(tmp_path: Path) -> None:
         kinds = {line.removeprefix(b"event: ").strip() for line in lines if line.startswith(b"event: ")}
         assert {b"transition", b"swap"} <= kinds
         swaps = [json.loads(line[6:]) for line in lines if line.startswith(b"data: ") and b'"phases"' in line]
-        assert {"drain", "out", "release", "in"} == set(swaps[1]["phases"])
+        assert {"drain", "out", "release", "in", "canary"} == set(swaps[1]["phases"])
         listening.cancel()
         await asyncio.gather(listening, return_exceptions=True)
         stack.assert_never_overlapped()
