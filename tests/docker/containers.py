@@ -116,7 +116,7 @@ class ContainerStack:
             attributes = event["Actor"]["Attributes"]
             if attributes.get(LABEL) == self.prefix:
                 self.watched.take(event["Action"], attributes["name"].removeprefix(f"{self.prefix}-"))
-            elif attributes.get("io.modelswap.owner") == self.owner:
+            elif attributes.get("io.modelswap.owner") == self.owner and "io.modelswap.model" in attributes:
                 self.watched.take(event["Action"], attributes["io.modelswap.model"])
 
     @property
