@@ -174,6 +174,7 @@ async def test_one_that_can_not_be_made_is_told_and_not_tried_at_once(bench: Ben
     await bench.runtime.stand_by([bench.plan("unfit")])
     await bench.host.until(failed)
     assert bench.runtime.standbys() == [StandbyState(key="k", problem="standby: this vLLM has no such thing")]
+    await bench.runtime.stand_by([])
     await bench.runtime.stand_by([bench.plan("unfit")])
     state = bench.state()
     assert state is not None

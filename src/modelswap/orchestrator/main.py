@@ -58,6 +58,7 @@ async def serve(
             return latest
 
         hosts = await stack.enter_async_context(hosts_of(folder, lambda: latest))
+        stack.push_async_callback(hosts.stand_by, [])  # engines outlive us, those that wait to be one needn't
         parts = Parts(
             runtime=hosts,
             device=device,

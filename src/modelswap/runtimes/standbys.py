@@ -88,7 +88,9 @@ class Standbys:
         for key in [key for key in self._waiting if key not in wanted]:
             await self._end(self._waiting.pop(key))
         now = asyncio.get_running_loop().time()
-        self._failed = {key: failed for key, failed in self._failed.items() if key in wanted}
+        recent = {key for key, (at, _) in self._failed.items() if now - at < _RETRY_AFTER}
+        # While somebody waits nothing is wanted; that must not have us forget.
+        self._failed = {key: failed for key, failed in self._failed.items() if key in wanted or key in recent}
         for key, plan in wanted.items():
             failed_at = self._failed.get(key, (-_RETRY_AFTER, ""))[0]
             if key not in self._waiting and now - failed_at >= _RETRY_AFTER:
