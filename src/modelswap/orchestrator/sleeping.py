@@ -24,7 +24,11 @@ from modelswap.protocol.errors import ModelswapError
 RUNNING_LIMIT: Final = 5.0
 """How long the engine's own count of running requests may hold up its sleep, in seconds."""
 SLEEP_LIMIT: Final = 300.0
-"""How long an engine may take to fall asleep or wake whose usual time isn't known, in seconds."""
+"""How long an engine may take to fall asleep or wake at most, in seconds."""
+FIRST_LIMIT: Final = 20.0
+FIRST_PACE: Final = 1 << 28
+"""Where the usual time isn't known: `FIRST_LIMIT`, and a second for so many bytes. A first sleep pins host memory, which
+was seen to go at three times that (28 GB in 36 s)."""
 LEAST_LIMIT: Final = 10.0
 PATIENCE: Final = 10.0
 """Past so many times its usual time, an engine is thought to hang."""
@@ -86,9 +90,11 @@ async def or_ended(outside: Outside, hosted: Hosted, work: Coroutine[Any, Any, _
         await asyncio.gather(ended, doing, return_exceptions=True)
 
 
-def limit(usual: float | None) -> float:
-    """Return how long something may take before it is thought to hang, in seconds."""
-    return SLEEP_LIMIT if usual is None else min(max(usual * PATIENCE, LEAST_LIMIT), SLEEP_LIMIT)
+def limit(usual: float | None, size: int) -> float:
+    """Return how long moving ``size`` bytes may take before it is thought to hang, in seconds."""
+    if usual is None:
+        return min(FIRST_LIMIT + size / FIRST_PACE, SLEEP_LIMIT)
+    return min(max(usual * PATIENCE, LEAST_LIMIT), SLEEP_LIMIT)
 
 
 async def _quiet(outside: Outside, hosted: Hosted) -> None:
@@ -120,7 +126,8 @@ async def _sleep(outside: Outside, hosted: Hosted, level: int, release_timeout: 
     free_host = outside.memory.available()
     began = outside.clock()
     try:
-        async with asyncio.timeout(limit(known.steady if hosted.rounds else known.first)):
+        usual = known.steady if hosted.rounds else known.first
+        async with asyncio.timeout(limit(usual, before.total - before.free)):
             work = hosted.engine.sleep(outside.http, hosted.spec, hosted.running.address, level)
             await or_ended(outside, hosted, work)
     except TimeoutError:

@@ -77,7 +77,9 @@ async def _once(outside: Outside, hosted: Hosted, level: int) -> None:
     known = outside.measurements.of(hosted.model, hosted.definition, waking(level))
     began = outside.clock()
     try:
-        async with asyncio.timeout(limit(known.steady if hosted.rounds else known.first)):
+        usual = known.steady if hosted.rounds else known.first
+        size = hosted.held if hosted.held is not None else 1 << 40
+        async with asyncio.timeout(limit(usual, size)):
             await or_ended(
                 outside, hosted, hosted.engine.wake(outside.http, hosted.spec, hosted.running.address, level)
             )
