@@ -27,8 +27,10 @@ SLEEP_LIMIT: Final = 300.0
 """How long an engine may take to fall asleep or wake at most, in seconds."""
 FIRST_LIMIT: Final = 20.0
 FIRST_PACE: Final = 1 << 28
-"""Where the usual time isn't known: `FIRST_LIMIT`, and a second for so many bytes. A first sleep pins host memory, which
-was seen to go at three times that (28 GB in 36 s)."""
+"""Where the usual time isn't known: `FIRST_LIMIT`, and a second for so many bytes.
+
+A first sleep pins host memory, which was seen to go at three times that pace (28 GB in 36 s).
+"""
 LEAST_LIMIT: Final = 10.0
 PATIENCE: Final = 10.0
 """Past so many times its usual time, an engine is thought to hang."""
