@@ -30,9 +30,10 @@ DEADLINE: Final = 60.0
 
 
 def free_port() -> int:
-    """Return a loopback port that nothing uses now, from outside the kernel's ephemeral range."""
+    """Return a loopback port that nothing uses now, and that no engine and no other test process will take."""
+    first = 10_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
     while True:
-        port = random.randint(20_000, 30_000)
+        port = random.randint(first, first + 999)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
