@@ -51,8 +51,8 @@ def test_no_secret_is_copied(*, manage: bool) -> None:
     everything = report.text(imported, "x") + repr(imported)
     assert not [secret for secret in SECRETS if secret in everything]
     assert "SGLANG_API_KEY" in imported.variables
-    assert noted(imported, Kind.TODO, "services.gguf.environment", "LLAMA_API_KEY")
-    assert noted(imported, Kind.TODO, "services.sgl.command", "SGLANG_API_KEY")
+    assert noted(imported, Kind.ACTION, "services.gguf.environment", "LLAMA_API_KEY")
+    assert noted(imported, Kind.ACTION, "services.sgl.command", "SGLANG_API_KEY")
 
 
 def test_two_secrets_of_one_name_get_two_names() -> None:

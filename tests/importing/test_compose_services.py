@@ -71,7 +71,7 @@ def test_models_that_share_a_gpu_are_told_so() -> None:
         "  b: {image: vllm/vllm-openai, command: --model org/b --gpu-memory-utilization 0.5, gpus: all}\n"
     )
     assert noted(imported, Kind.CHANGED, "services", "a, b fit onto the GPU together")
-    assert noted(imported, Kind.TODO, "services.a.command", "45%")
+    assert noted(imported, Kind.ACTION, "services.a.command", "45%")
 
 
 @pytest.mark.parametrize(
@@ -131,9 +131,9 @@ def test_an_adopted_service_that_works_against_us_is_told() -> None:
         "ports: ['8888:8000', '127.0.0.1:8001:8000', '8002:8000']"
     )
     assert noted(imported, Kind.CHANGED, "services.llm.restart", '"no"')
-    assert noted(imported, Kind.TODO, "services.llm.deploy.replicas", "2 replicas")
-    assert noted(imported, Kind.TODO, "services.llm.network_mode")
-    assert noted(imported, Kind.TODO, "services.llm.ports", "8888 is the orchestrator's")
+    assert noted(imported, Kind.ACTION, "services.llm.deploy.replicas", "2 replicas")
+    assert noted(imported, Kind.ACTION, "services.llm.network_mode")
+    assert noted(imported, Kind.ACTION, "services.llm.ports", "8888 is the orchestrator's")
     assert noted(imported, Kind.CHANGED, "services.llm.ports", "8002")
     assert not noted(imported, Kind.CHANGED, "services.llm.ports", "8001")
 
@@ -142,7 +142,7 @@ def test_an_adopted_service_that_works_against_us_is_told() -> None:
 def test_profiles_keep_compose_from_starting_models(profiles: str) -> None:
     """Who has none is told to add one; who has one isn't."""
     _, imported = service(VLLM + "command: --model org/name\n" + profiles)
-    assert noted(imported, Kind.TODO, "services", "profiles: [models]") is not profiles.startswith("p")
+    assert noted(imported, Kind.ACTION, "services", "profiles: [models]") is not profiles.startswith("p")
     assert imported.steps == [("docker compose -f compose.yaml create llm", "")] or imported.steps[0][0].endswith(
         "create llm"
     )
@@ -153,7 +153,7 @@ def test_a_model_nobody_can_name_is_left_to_the_user() -> None:
     lines = VLLM + "entrypoint: [sh, -c]\ncommand: ['vllm serve $$MODEL --port 8009']"
     adopted, imported = service(lines)
     assert adopted == {"engine": "vllm", "compose_service": "llm", "port": 8009}
-    assert noted(imported, Kind.TODO, "services.llm.command", "say model")
+    assert noted(imported, Kind.ACTION, "services.llm.command", "say model")
     loads(imported)
     managed, imported = service(lines, manage=True)
     assert managed["engine"] == "custom"
@@ -208,7 +208,7 @@ def test_values_that_were_filled_in_are_named() -> None:
     (model,) = imported.config["models"].values()
     assert (model["image"], model["model"]) == ("vllm/vllm-openai:v9", "${WHICH}")
     assert noted(imported, Kind.CHANGED, "", "TAG")
-    assert noted(imported, Kind.TODO, "", "WHICH is not set")
+    assert noted(imported, Kind.ACTION, "", "WHICH is not set")
     assert imported.variables == {"WHICH"}
     loads(imported)
 
@@ -217,7 +217,7 @@ def test_a_secret_that_is_a_default_is_not_copied() -> None:
     """``${KEY:-literal}`` becomes ``${KEY}``, and the user is told that it must be set now."""
     model, imported = service(VLLM + "command: --model org/m --api-key ${VLLM_API_KEY:-token-abc123}")
     assert model["api_key"] == "${VLLM_API_KEY}"
-    assert noted(imported, Kind.TODO, "", "the default of VLLM_API_KEY")
+    assert noted(imported, Kind.ACTION, "", "the default of VLLM_API_KEY")
     assert "abc123" not in report.text(imported, "x") + repr(imported)
 
 
@@ -236,16 +236,16 @@ def test_neighbours() -> None:
         "  db: {image: postgres}\n"
     )
     assert imported.ignored == ["db"]
-    assert noted(imported, Kind.TODO, "services.litellm", "swaps them")
-    assert noted(imported, Kind.TODO, "services.litellm.command", "talks to llm")
+    assert noted(imported, Kind.ACTION, "services.litellm", "swaps them")
+    assert noted(imported, Kind.ACTION, "services.litellm.command", "talks to llm")
     assert noted(imported, Kind.CHANGED, "services.nginx")
-    assert noted(imported, Kind.TODO, "services.swapper", "drives Docker")
-    assert noted(imported, Kind.TODO, "services.llm-router", "your own")
+    assert noted(imported, Kind.ACTION, "services.swapper", "drives Docker")
+    assert noted(imported, Kind.ACTION, "services.llm-router", "your own")
     assert noted(imported, Kind.LOST, "services.comfy", "engine: custom")
     assert noted(imported, Kind.CHANGED, "services.comfy", "GPU")
     assert noted(imported, Kind.CHANGED, "services.trainer", "GPU")
-    assert noted(imported, Kind.TODO, "services.ui.environment.URL", "talks to llm")
-    assert noted(imported, Kind.TODO, "services.ui.depends_on", "take llm out")
+    assert noted(imported, Kind.ACTION, "services.ui.environment.URL", "talks to llm")
+    assert noted(imported, Kind.ACTION, "services.ui.depends_on", "take llm out")
 
 
 def test_a_file_without_a_model_is_refused() -> None:

@@ -63,8 +63,8 @@ def test_no_secret_is_copied() -> None:
     imported = swap(text("llama-swap.yaml"))
     everything = report.text(imported, "x") + repr(imported)
     assert not [each for each in ("sk-hunter2", "secret1234", "hf_abcdefghijkl") if each in everything]
-    assert noted(imported, Kind.TODO, "models.vl.cmd", "VLLM_API_KEY")
-    assert noted(imported, Kind.TODO, "apiKeys", "gateway.host")
+    assert noted(imported, Kind.ACTION, "models.vl.cmd", "VLLM_API_KEY")
+    assert noted(imported, Kind.ACTION, "apiKeys", "gateway.host")
 
 
 def test_macros() -> None:
@@ -81,7 +81,7 @@ def test_an_unknown_macro_is_told() -> None:
     """llama-swap would refuse it; here it stays as text, with a note."""
     found, imported = model('cmd: llama-server --port ${PORT} -m /m.gguf --x "${nope}"')
     assert found["args"] == ["--x", "$${nope}"]
-    assert noted(imported, Kind.TODO, "models.m", "${nope}")
+    assert noted(imported, Kind.ACTION, "models.m", "${nope}")
 
 
 def test_commands_may_have_comments_quotes_and_line_ends() -> None:
@@ -127,7 +127,7 @@ def test_any_other_command_is_told_its_port(lines: str, command: list[str]) -> N
 def test_a_command_without_a_port_is_told() -> None:
     """Nobody could guess where it listens."""
     _, imported = model("cmd: start-it\nproxy: http://127.0.0.1:9000")
-    assert noted(imported, Kind.TODO, "models.m.cmd", "put {port} into its command")
+    assert noted(imported, Kind.ACTION, "models.m.cmd", "put {port} into its command")
 
 
 def test_a_port_in_the_environment_is_found() -> None:

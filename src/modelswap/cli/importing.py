@@ -24,7 +24,7 @@ from modelswap.spec.errors import ConfigError
 
 STDOUT = Path("-")
 _TITLES = {
-    Kind.TODO: ("To do", "yellow"),
+    Kind.ACTION: ("To do", "yellow"),
     Kind.CHANGED: ("Works differently now", "cyan"),
     Kind.LOST: ("Not carried over", "magenta"),
 }

@@ -46,7 +46,7 @@ def adopted(service: Service, server: Server, context: Context) -> dict[str, Any
     if (name := served_name(server)) is not None:
         model["model"] = name
     elif not server.many and server.kind != "tgi":
-        context.note(Kind.TODO, "say model: the name that it serves (its /v1/models tells)", "command")
+        context.note(Kind.ACTION, "say model: the name that it serves (its /v1/models tells)", "command")
     port = inner_port(service, server)
     if facts.engine == "custom" or port != facts.port:
         model["port"] = port
@@ -74,7 +74,7 @@ def _share(options: Options, context: Context) -> None:
     if share and re.fullmatch(r"0?\.\d+", share) and float(share) < _USUAL_SHARE:
         percent = f"{float(share):.0%}"
         text = f"it takes {percent} of the GPU; say how much that is, e.g. memory: 20GiB, or 92% must be free"
-        context.note(Kind.TODO, text, "command")
+        context.note(Kind.ACTION, text, "command")
 
 
 def managed(service: Service, server: Server, context: Context) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _finish(model: dict[str, Any], service: Service, server: Server, context: Co
         if literal:
             name = secrets.references(model["api_key"])[0][0]
             part = context.env_key if server.key in service.env.values() else "command"
-            context.note(Kind.TODO, f"put the key into the environment as {name}; it is not copied", part)
+            context.note(Kind.ACTION, f"put the key into the environment as {name}; it is not copied", part)
     if service.grace is not None:
         model["stop_grace"] = int(service.grace) if service.grace.is_integer() else service.grace
     if without_gpu(service, server):
@@ -226,7 +226,7 @@ def environment(service: Service, server: Server, context: Context) -> dict[str,
             result[name] = context.vault.reference(name, value, service.name)
             given = secrets.references(result[name])[0][0]
             where = (context.env_key, name) if context.env_key == "environment" else (context.env_key,)
-            context.note(Kind.TODO, f"put {name} into the environment as {given}; it is not copied", *where)
+            context.note(Kind.ACTION, f"put {name} into the environment as {given}; it is not copied", *where)
         else:
             result[name] = value
     return result

@@ -27,5 +27,5 @@ def choose(gpus: Mapping[str, Sequence[str] | None], key: str, imported: Importe
         return True
     if only and only != ("0",):
         text = f"GPUs: {listed}; say which one modelswap watches: device.index, else 0"
-        imported.note(Kind.TODO, key, text)
+        imported.note(Kind.ACTION, key, text)
     return False

@@ -11,7 +11,7 @@ from modelswap.spec import load
 from modelswap.spec.config import Config
 
 _HEADINGS = {
-    Kind.TODO: "To do:",
+    Kind.ACTION: "To do:",
     Kind.CHANGED: "Works differently now:",
     Kind.LOST: "Not carried over:",
 }
@@ -39,7 +39,7 @@ def verify(written: str, imported: Imported, env: Mapping[str, str], source: str
 def by_kind(imported: Imported) -> dict[Kind, list[tuple[str, list[str]]]]:
     """Return the notes, the most urgent kind first, each text with all the keys that it is about."""
     result: dict[Kind, list[tuple[str, list[str]]]] = {}
-    for kind in (Kind.TODO, Kind.CHANGED, Kind.LOST):
+    for kind in (Kind.ACTION, Kind.CHANGED, Kind.LOST):
         texts: dict[str, list[str]] = {}
         for note in imported.notes:
             if note.kind is kind:

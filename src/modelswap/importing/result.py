@@ -43,7 +43,7 @@ class CannotImport(ModelswapError):
 class Kind(StrEnum):
     """How much a note matters."""
 
-    TODO = "todo"
+    ACTION = "action"
     """The user has something to do before it works as before."""
     LOST = "lost"
     """Said in the input, and not in our config."""

@@ -60,7 +60,7 @@ def convert(files: Sequence[str], read: Read, env: Mapping[str, str], *, manage:
         text = (
             f"take {', '.join(found)} out (`docker compose rm -sf {gone}`): modelswap makes its own containers of them"
         )
-        imported.note(Kind.TODO, "services", text)
+        imported.note(Kind.ACTION, "services", text)
     else:
         _profiles(document, list(found), imported)
         if document.named:
@@ -130,7 +130,7 @@ def _many(model: dict[str, Any], name: str, document: Document, context: Context
     text = "it serves several models and swaps them itself: to modelswap it is one model"
     context.note(Kind.CHANGED, text)
     listed = "see that they are all" if pulled else "none is known, so none would be routed there"
-    context.note(Kind.TODO, f"list its models' names under adapters; {listed}")
+    context.note(Kind.ACTION, f"list its models' names under adapters; {listed}")
     comment = "Names of the models in it: routed here, and passed on as they are."
     context.imported.comment(("models", name, "adapters"), comment)
 
@@ -145,7 +145,7 @@ def _leave_behind(
         service_image = service.image or f"{document.project}-{service.name}"
         model |= {"image": service_image, "pull": "never"}
         text = f"modelswap builds no images: `docker compose build {service.name}` makes {service_image}"
-        imported.note(Kind.TODO, f"{key}.build", text)
+        imported.note(Kind.ACTION, f"{key}.build", text)
     _networks(section, document, model, imported)
     model["volumes"] = [
         f"{_volume_name(each.source, document) if each.named else each.source}:{each.target}{':ro' * each.read_only}"
@@ -209,14 +209,14 @@ def _warn(name: str, service: dict[str, Any], context: Context) -> None:
         context.note(Kind.CHANGED, text, *part)
     replicas = str(service.get("scale") or (deploy or {}).get("replicas") or "1")
     if replicas not in ("0", "1"):
-        context.note(Kind.TODO, f"{replicas} replicas: a model has one container; make it 1", "deploy", "replicas")
+        context.note(Kind.ACTION, f"{replicas} replicas: a model has one container; make it 1", "deploy", "replicas")
     if service.get("network_mode") == "host":
         text = "opens the engine to whoever reaches the machine, past the gateway; give it a network of compose's"
-        context.note(Kind.TODO, text, "network_mode")
+        context.note(Kind.ACTION, text, "network_mode")
     for port in service.get("ports") or []:
         published = str(port.get("published") or "") if isinstance(port, dict) else ""
         if published in _OURS:
-            context.note(Kind.TODO, f"{published} is {_OURS[published]}'s port: publish another, or none", "ports")
+            context.note(Kind.ACTION, f"{published} is {_OURS[published]}'s port: publish another, or none", "ports")
         elif published and port.get("host_ip") not in ("127.0.0.1", "::1"):
             context.note(Kind.CHANGED, f"port {published} leads past the gateway; modelswap doesn't need it", "ports")
 
@@ -238,7 +238,7 @@ def _profiles(document: Document, found: list[str], imported: Imported) -> None:
     bare = [name for name in found if not document.services[name].get("profiles")]
     if bare:
         text = f"add `profiles: [models]` to {', '.join(bare)}, so that `docker compose up` doesn't start them"
-        imported.note(Kind.TODO, "services", text)
+        imported.note(Kind.ACTION, "services", text)
 
 
 def _look_around(document: Document, found: Mapping[str, tuple[Service, Server, Section]], imported: Imported) -> None:
@@ -262,7 +262,9 @@ def _variables(document: Document, context: Context) -> None:
     for name in sorted(document.hidden):
         if re.search(rf"\$\{{{name}\b", text):
             where = f"the default of {name} is not copied, because it looks like a secret: set the variable"
-            imported.note(Kind.TODO, "", where)
+            imported.note(Kind.ACTION, "", where)
     imported.variables = {name for name, needed in secrets.references(text) if needed}
     for name in sorted(imported.variables & document.unset):
-        imported.note(Kind.TODO, "", f"{name} is not set here, so it stays ${{{name}}}: set it, or put its value there")
+        imported.note(
+            Kind.ACTION, "", f"{name} is not set here, so it stays ${{{name}}}: set it, or put its value there"
+        )

@@ -41,7 +41,7 @@ def look(services: Mapping[str, dict[str, Any]], models: Mapping[str, str], impo
         needs = service.get("depends_on")
         if isinstance(needs, dict) and (started := sorted(names & needs.keys())):
             text = f"take {', '.join(started)} out: `docker compose up` would start it behind modelswap's back"
-            imported.note(Kind.TODO, f"{key}.depends_on", text)
+            imported.note(Kind.ACTION, f"{key}.depends_on", text)
         if not noted:
             imported.ignored.append(name)
 
@@ -65,13 +65,13 @@ def _roles(name: str, service: dict[str, Any]) -> Iterator[tuple[Kind, str]]:
     image, _ = split_image(str(service.get("image") or ""))
     if _SWAPS.search(image):
         yield (
-            Kind.TODO,
+            Kind.ACTION,
             "routes to models or swaps them, as modelswap does now: take it out, or point it at the gateway",
         )
     elif _SOCKET.search(json.dumps([service.get("volumes"), service.get("environment")])):
-        yield Kind.TODO, "drives Docker: see that it no longer starts or stops the models' containers"
+        yield Kind.ACTION, "drives Docker: see that it no longer starts or stops the models' containers"
     elif service.get("build") is not None and _SWAP_NAMES.search(f"{name} {image}"):
-        yield Kind.TODO, "looks like a gateway or a swapping script of your own; modelswap takes its place then"
+        yield Kind.ACTION, "looks like a gateway or a swapping script of your own; modelswap takes its place then"
     elif _PROXIES.search(image):
         yield Kind.CHANGED, "if it forwards to the models, point it at the gateway instead"
     elif _OTHERS.search(image):
@@ -91,7 +91,7 @@ def _talks(service: dict[str, Any], models: Mapping[str, str], key: str, importe
             if hosts:
                 where = f"{key}.{part}.{name}" if name else f"{key}.{part}"
                 talks = f"talks to {', '.join(sorted(hosts))} itself; give it the gateway's address: {gateway}"
-                imported.note(Kind.TODO, where, talks)
+                imported.note(Kind.ACTION, where, talks)
                 found = True
     return found
 

@@ -126,7 +126,7 @@ def _account(section: Section, own: Section, macros: Macros, context: Context) -
     for key, _ in own.unread():
         imported.note(Kind.LOST, key, "its command doesn't use it")
     for name in macros.unknown:
-        imported.note(Kind.TODO, section.key(), f"there is no macro ${{{name}}}")
+        imported.note(Kind.ACTION, section.key(), f"there is no macro ${{{name}}}")
     by_id = section.section("filters").take("setParamsByID")
     if isinstance(by_id, dict):
         others = ", ".join(macros.text(each) for each in by_id)
@@ -153,7 +153,7 @@ def _whole(root: Section, called: dict[str, str], imported: Imported) -> None:
     root.whole("unloadTimeout")
     if root.texts("apiKeys"):
         text = "the gateway asks for no key: leave gateway.host at 127.0.0.1, or put a proxy that asks before it"
-        imported.note(Kind.TODO, "apiKeys", text)
+        imported.note(Kind.ACTION, "apiKeys", text)
     look(root, called, imported)
     for key, _ in root.unread():
         imported.note(Kind.LOST, key, why_lost(FILE, key))

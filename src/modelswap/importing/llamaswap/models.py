@@ -124,7 +124,7 @@ def _engine(server: Server, env: dict[str, str], ready: str, context: Context) -
     path = server.model or ""
     if server.kind == "llamacpp" and path.endswith(".gguf") and not re.match(r"/|~|\$\{|[A-Za-z]:", path):
         text = f"{path} is looked for where modelswap is started; give the whole path, or say cwd"
-        context.note(Kind.TODO, text, "cmd")
+        context.note(Kind.ACTION, text, "cmd")
     if server.program not in (("llama-server",), ("vllm", "serve")):
         model["program"] = list(server.program)
     owner = context.key.rpartition(".")[2]
@@ -141,7 +141,7 @@ def _key(server: Server, owner: str, context: Context) -> str:
     reference = context.vault.reference(server.facts.key, server.key or "", owner)
     if reference != server.key:
         name = secrets.references(reference)[0][0]
-        context.note(Kind.TODO, f"put the key into the environment as {name}; it is not copied", "cmd")
+        context.note(Kind.ACTION, f"put the key into the environment as {name}; it is not copied", "cmd")
     return reference
 
 
@@ -156,7 +156,7 @@ def _custom(words: list[str], env: dict[str, str], proxy: Proxy, ready: str, con
     values = _secretless({key: _placed(value, proxy.port) for key, value in env.items()}, context)
     if not any("{port}" in each for each in (*placed, *values.values())):
         text = "put {port} into its command where it is told its port, or modelswap can't find it"
-        context.note(Kind.TODO, text, "cmd")
+        context.note(Kind.ACTION, text, "cmd")
     model = {"engine": "custom", "command": containers.hidden(placed, owner, "API_KEY", context), "env": values}
     return model | _ready(ready, context)
 
@@ -182,7 +182,7 @@ def _secretless(env: dict[str, str], context: Context) -> dict[str, str]:
         if secrets.is_secret(name, value) and not secrets.references(value):
             result[name] = context.vault.reference(name, value, context.key.rpartition(".")[2])
             given = secrets.references(result[name])[0][0]
-            context.note(Kind.TODO, f"put {name} into the environment as {given}; it is not copied", "env", name)
+            context.note(Kind.ACTION, f"put {name} into the environment as {given}; it is not copied", "env", name)
         else:
             result[name] = value
     return result
@@ -206,7 +206,7 @@ def _run(run: DockerRun, env: dict[str, str], ready: str, context: Context) -> T
     for option, why in service.lost:
         context.note(Kind.LOST, f"{option}: {why}", "cmd")
     for file in run.env_files:
-        context.note(Kind.TODO, f"--env-file {file}: say its variables in env", "cmd")
+        context.note(Kind.ACTION, f"--env-file {file}: say its variables in env", "cmd")
     if run.tool != "docker":
         context.note(Kind.CHANGED, f"modelswap speaks to Docker; for {run.tool} say docker.host, its socket", "cmd")
     # The variables of the `docker` command itself reach the container only where it passes them on.
@@ -228,8 +228,8 @@ def _existing(existing: Existing, proxy: Proxy, ready: str, context: Context) ->
     if proxy.port is not None and not proxy.here:
         model["port"] = proxy.port
     else:
-        context.note(Kind.TODO, "say port: where it listens inside its container (8000 otherwise)", "cmd")
-    context.note(Kind.TODO, "say engine: vllm or llamacpp, if it is one, and model: the name it serves", "cmd")
+        context.note(Kind.ACTION, "say port: where it listens inside its container (8000 otherwise)", "cmd")
+    context.note(Kind.ACTION, "say engine: vllm or llamacpp, if it is one, and model: the name it serves", "cmd")
     what = "compose service" if existing.compose else "container"
     return Taken(model, "custom", "", f"{what} {existing.name}")
 
