@@ -176,7 +176,7 @@ class Bench:
         name: str,
         *,
         permanent: bool = False,
-        killed: bool = False,
+        blameless: bool = False,
         unprepared: bool = False,
         message: str = "it broke",
     ) -> list[effects.Effect]:
@@ -189,7 +189,7 @@ class Bench:
                 code=code,
                 message=message,
                 permanent=permanent,
-                killed=killed,
+                blameless=blameless,
                 unprepared=unprepared,
             )
         )

@@ -420,15 +420,15 @@ def test_late_reports_change_nothing() -> None:
     assert bench.state("a") == "ready"
 
 
-def test_start_killed_from_outside_is_repeated() -> None:
-    """A start that somebody killed is repeated for the same waiters; killed again and again, they are told."""
-    bench = Bench(kills_forgiven=1)
+def test_blameless_start_is_repeated() -> None:
+    """A start that failed by chance is repeated for the same waiters; if it fails again and again, they are told."""
+    bench = Bench(mishaps_forgiven=1)
     bench.hello()
     bench.want("a", 1)
-    out = bench.fail("a", killed=True)
+    out = bench.fail("a", blameless=True)
     assert not said(out, Refuse)
     assert [e.model for e in of(bench.released(), effects.BringIn)] == ["a"]
-    assert [r.ticket for r in said(bench.fail("a", killed=True), Refuse)] == [1]
+    assert [r.ticket for r in said(bench.fail("a", blameless=True), Refuse)] == [1]
 
 
 def test_failed_start_that_cannot_be_killed_answers_everybody() -> None:

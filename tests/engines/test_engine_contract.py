@@ -395,6 +395,14 @@ def test_it_sleeps_at_known_levels_or_not_at_all(case: Case) -> None:
     assert engine.sleep_levels(willing.model_copy(update={"device": "none"})) == ()
 
 
+@pytest.mark.parametrize("kind", sorted({case.kind for case in CASES}))
+def test_a_port_that_was_taken_is_not_the_models_fault(kind: EngineName) -> None:
+    """Another program may take a port between its choice and the engine's start: another start may succeed."""
+    said = "OSError: [Errno 98] error while attempting to bind on address ('127.0.0.1', 23024): address already in use"
+    found = engine_for(kind).diagnose(1, [said])
+    assert found.blameless and not found.permanent
+
+
 async def test_a_dead_engine_raises(case: Case) -> None:
     """Asked for its health or the canary, an engine that is gone is an error of the connection."""
     engine, gone = engine_for(case.kind), closed_port()

@@ -118,7 +118,18 @@ async def test_a_start_that_somebody_killed_is_told_as_that(world: World) -> Non
     await until(lambda: "a.1.1" in world.runtime.living)
     world.runtime.die("a.1.1", -9)
     await job
-    assert world.of(events.BringInFailed)[0].killed
+    assert world.of(events.BringInFailed)[0].blameless
+
+
+async def test_a_start_whose_port_another_program_took_is_told_as_that(world: World) -> None:
+    """What the engine's log shows to be chance says nothing about the model."""
+    world.engine.said = Readiness(ready=False)
+    world.engine.diagnosis = Diagnosis("its port was taken", permanent=False, blameless=True)
+    job = asyncio.create_task(bring_in(world.outside, world.host(), adopted=False))
+    await until(lambda: "a.1.1" in world.runtime.living)
+    world.runtime.die("a.1.1", 1)
+    await job
+    assert world.of(events.BringInFailed)[0].blameless
 
 
 async def test_a_container_that_reached_its_memory_limit_is_told_as_that(world: World) -> None:
@@ -130,7 +141,7 @@ async def test_a_container_that_reached_its_memory_limit_is_told_as_that(world: 
     world.runtime.die("a.1.1", 137, oom=True)
     await job
     (failed,) = world.of(events.BringInFailed)
-    assert not failed.killed and failed.code is Code.MODEL_START_FAILED
+    assert not failed.blameless and failed.code is Code.MODEL_START_FAILED
     assert "reached its memory limit" in failed.message and "(exit status 137)" in failed.message
     assert "last line" in failed.message
     assert world.engine.diagnosed[0][0] == -9
@@ -145,7 +156,7 @@ async def test_a_container_that_is_stopped_while_it_starts_is_started_again(worl
     await until(lambda: bool(world.of(events.BringInStage)))
     world.runtime.die("a.1.1", code)
     await job
-    assert world.of(events.BringInFailed)[0].killed
+    assert world.of(events.BringInFailed)[0].blameless
 
 
 @pytest.mark.parametrize("where", ["allocate", "start"])
@@ -164,7 +175,7 @@ async def test_what_has_to_be_made_ready_again_is_told_as_that(
         world.runtime.start_error = missing
     await bring_in(world.outside, world.host(), adopted=False)
     (failed,) = world.of(events.BringInFailed)
-    assert failed.unprepared and not failed.permanent and not failed.killed
+    assert failed.unprepared and not failed.permanent and not failed.blameless
     assert failed.message == "a has to be made ready again: its container has been removed"
     assert world.outside.hosted == {}
 
@@ -222,7 +233,7 @@ async def test_an_end_explains_the_broken_connection_before_it(world: World) -> 
     world.runtime.die("a.1.1", -11)
     await job
     (failed,) = world.of(events.BringInFailed)
-    assert "a failed to start: " in failed.message and not failed.killed
+    assert "a failed to start: " in failed.message and not failed.blameless
     assert world.engine.diagnosed[0][0] == -11
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from modelswap.engines.base import Address, Diagnosis
-from modelswap.orchestrator.endings import death, ended_from_outside, exit_code, failed_start
+from modelswap.orchestrator.endings import death, exit_code, failed_start
 from modelswap.orchestrator.hosting import Hosted
 from modelswap.runtimes.base import Exit, Running
 from tests.orchestrator.fakes import FakeEngine, config
@@ -43,7 +43,7 @@ def hosted(container: str = "") -> Hosted:
 def test_a_containers_status_tells_the_signal(container: str, exit_: Exit, code: int | None, outside: bool) -> None:
     """128 + n is signal n; SIGKILL and `docker stop` come from outside, the memory limit's SIGKILL doesn't."""
     assert exit_code(hosted(container), exit_) == code
-    assert ended_from_outside(hosted(container), exit_) is outside
+    assert failed_start(hosted(container), exit_, Diagnosis("it ended", False)).blameless is outside
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,31 @@ async def test_engines_that_do_not_end_properly_leave_nothing(tmp_path: Path, be
         stack.assert_never_overlapped()
 
 
+_TAKES_THE_PORT_ONCE = """
+import os, pathlib, socket, subprocess, sys
+once, port, *engine = sys.argv[1:]
+if not pathlib.Path(once).exists():
+    pathlib.Path(once).touch()
+    other = socket.create_server(("127.0.0.1", int(port)))
+    sys.exit(subprocess.run(engine).returncode)
+os.execv(engine[0], engine)
+"""
+
+
+async def test_a_port_that_another_program_took_costs_no_request(tmp_path: Path) -> None:
+    """The engine is started again at another port for the same waiters, and they get their answer."""
+    stack = Stack(tmp_path)
+    config = yaml.safe_load(stack.config.read_text())
+    model = config["models"]["mistral"]
+    model["command"] = [sys.executable, "-c", _TAKES_THE_PORT_ONCE, str(tmp_path / "once"), "{port}", *model["command"]]
+    stack.config.write_text(yaml.safe_dump(config))
+    async with stack:
+        assert await right(stack, "mistral")
+        swaps = (await stack.status())["last_swaps"]
+        assert [swap["outcome"] for swap in swaps] == ["ok", "failed"], swaps
+        assert "its port was taken" in swaps[1]["message"]
+
+
 async def test_a_broken_database_costs_nothing_but_history(tmp_path: Path) -> None:
     """It is put aside, and requests are served."""
     stack = Stack(tmp_path)

@@ -82,16 +82,16 @@ class BringInFailed(Event, frozen=True):
     """A start failed, and nothing of it runs any more.
 
     ``message`` is for clients: the reason, the remedy and the engine's last log lines. ``permanent``: trying again
-    would fail again. ``killed``: it was ended from outside (SIGKILL), which says nothing about the model; its waiters
-    are kept for another try. ``unprepared``: what had been made ready ahead of time is missing again; its waiters are
-    kept while that is mended.
+    would fail again. ``blameless``: it says nothing about the model (somebody killed it, another program took its
+    port); its waiters are kept for another try. ``unprepared``: what had been made ready ahead of time is missing
+    again; its waiters are kept while that is mended.
     """
 
     instance: str
     code: Code
     message: str
     permanent: bool = False
-    killed: bool = False
+    blameless: bool = False
     unprepared: bool = False
 
 

@@ -49,9 +49,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     ``min_residency`` None means ``residency_factor`` times the measured swap time of the resident model.
     A model that dies within ``crash_window`` of coming in, ``crashes_forgiven`` times in a row and then once more,
-    backs off as if its start had failed. A start that was killed from outside is repeated ``kills_forgiven`` times, one
-    that found something missing which had been prepared ``unprepared_forgiven`` times. A model
-    whose wakes failed more than ``wakes_forgiven`` times in a row is stopped from then on, until `events.Ways`.
+    backs off as if its start had failed. A start that failed by no fault of the model's is repeated
+    ``mishaps_forgiven`` times, one that found something missing which had been prepared ``unprepared_forgiven`` times.
+    A model whose wakes failed more than ``wakes_forgiven`` times in a row is stopped from then on, until `events.Ways`.
     """
 
     max_wait: float = 160.0
@@ -69,7 +69,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     backoff_longest: float = 300.0
     crash_window: float = 10.0
     crashes_forgiven: int = 3
-    kills_forgiven: int = 2
+    mishaps_forgiven: int = 2
     unprepared_forgiven: int = 2
     wakes_forgiven: int = 2
     progress_interval: float = 2.0

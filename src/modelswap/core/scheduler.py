@@ -243,7 +243,7 @@ class Scheduler:
                 event.code,
                 event.message,
                 permanent=event.permanent,
-                killed=event.killed,
+                blameless=event.blameless,
                 unprepared=event.unprepared,
             )
 

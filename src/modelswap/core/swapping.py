@@ -102,7 +102,7 @@ def brought_in(world: World, instance: Instance, mechanism: str) -> None:
     world.transition(instance, _READY, "woken" if woken else "brought in")
     instance.stage, instance.fraction = "", None
     if model is not None:
-        model.killed_starts = model.unprepared_starts = 0
+        model.mishaps = model.unprepared_starts = 0
         model.failed_wakes = 0 if woken else model.failed_wakes
         model.failures = max(model.early_deaths - world.settings.crashes_forgiven, 0)
     if model is not None and swap is not None and not instance.adopted:
@@ -116,11 +116,11 @@ def brought_in(world: World, instance: Instance, mechanism: str) -> None:
 
 
 def bring_in_failed(
-    world: World, instance: Instance, code: Code, message: str, *, permanent: bool, killed: bool, unprepared: bool
+    world: World, instance: Instance, code: Code, message: str, *, permanent: bool, blameless: bool, unprepared: bool
 ) -> None:
     """Refuse whoever waits for a model that would not start, and leave it alone for a while.
 
-    One that was ``killed`` from outside is tried again for the same waiters, at most ``kills_forgiven`` times. One
+    One that is ``blameless`` is tried again for the same waiters, at most ``mishaps_forgiven`` times. One
     that found itself ``unprepared`` is prepared once more first, at most ``unprepared_forgiven`` times.
     """
     device = world.devices[instance.device]
@@ -130,8 +130,8 @@ def bring_in_failed(
     model = world.models.get(instance.model)
     if model is None or model.facts.definition != instance.definition:
         world.clear_failed(instance)  # which says nothing about the definition that holds now
-    elif killed and model.killed_starts < world.settings.kills_forgiven:
-        model.killed_starts += 1
+    elif blameless and model.mishaps < world.settings.mishaps_forgiven:
+        model.mishaps += 1
     elif not _mended(world, model, unprepared=unprepared):
         back_off(world, instance.model, code, message, permanent=permanent)
     else:

@@ -121,8 +121,8 @@ class ModelRecord:
     backoff: Backoff | None = None
     failures: int = 0
     """Failed starts in a row, and early deaths beyond those that are forgiven."""
-    killed_starts: int = 0
-    """Starts in a row that were killed from outside, and repeated."""
+    mishaps: int = 0
+    """Starts in a row that failed by no fault of the model's, and were repeated."""
     unprepared_starts: int = 0
     """Starts in a row that found something missing which had been prepared, and were repeated."""
     failed_wakes: int = 0

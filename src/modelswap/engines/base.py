@@ -76,10 +76,15 @@ class Readiness(msgspec.Struct, frozen=True):
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
-    """Why an engine failed, in words for the user. ``permanent`` means the same start would fail again."""
+    """Why an engine failed, in words for the user.
+
+    ``permanent``: the same start would fail again. ``blameless``: chance or somebody else failed it, which says nothing
+    about the model; another start may well succeed.
+    """
 
     reason: str
     permanent: bool
+    blameless: bool = False
 
 
 class CanaryFailed(Exception):

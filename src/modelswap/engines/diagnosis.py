@@ -17,19 +17,25 @@ _RAISED: Final = re.compile(r"^[\w.]*(?:Error|Exception|Exit|Interrupt)\b.*")
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """A known cause: where ``pattern`` is found, ``reason`` makes words for the user from the match."""
+    """A known cause: where ``pattern`` is found, ``reason`` makes words for the user from the match.
+
+    ``permanent`` and ``blameless``: see `Diagnosis`.
+    """
 
     pattern: re.Pattern[str]
     reason: Callable[[re.Match[str]], str]
     permanent: bool = True
+    blameless: bool = False
 
 
-def cause(pattern: str, reason: str | Callable[[re.Match[str]], str], *, permanent: bool = True) -> Cause:
+def cause(
+    pattern: str, reason: str | Callable[[re.Match[str]], str], *, permanent: bool = True, blameless: bool = False
+) -> Cause:
     """Return a `Cause`; in a ``reason`` that is text, ``{0}``, ``{1}``… are the groups of ``pattern``."""
     if isinstance(reason, str):
         template = reason
-        return Cause(re.compile(pattern), lambda match: template.format(*match.groups()), permanent)
-    return Cause(re.compile(pattern), reason, permanent)
+        return Cause(re.compile(pattern), lambda match: template.format(*match.groups()), permanent, blameless)
+    return Cause(re.compile(pattern), reason, permanent, blameless)
 
 
 COMMON: Final = (
@@ -41,6 +47,7 @@ COMMON: Final = (
         r"[Aa]ddress already in use|couldn't bind HTTP server socket",
         "its port was taken by another program; the next start uses another port",
         permanent=False,
+        blameless=True,
     ),
     cause(
         r"error while loading shared libraries: (\S+): ",
@@ -60,7 +67,7 @@ def explain(
     text = "\n".join(lines)
     for known in (*causes, *COMMON):
         if match := known.pattern.search(text):
-            return Diagnosis(known.reason(match), known.permanent)
+            return Diagnosis(known.reason(match), known.permanent, known.blameless)
     ended = _ended(exit_code)
     said = last_error([line for line in lines if not (boring and boring.search(line))])
     if exit_code == -signal.SIGILL:

@@ -16,7 +16,7 @@ from pydantic import ByteSize
 from modelswap.core import events
 from modelswap.engines.base import Address, CanaryFailed, Diagnosis, Engine, Launch, Readiness
 from modelswap.orchestrator import sleepers
-from modelswap.orchestrator.endings import ended_from_outside, exit_code, failed_start
+from modelswap.orchestrator.endings import exit_code, failed_start
 from modelswap.orchestrator.hooks import run_hooks
 from modelswap.orchestrator.hosting import Hosted, Outside, pause, told
 from modelswap.orchestrator.proving import prove_cold
@@ -79,8 +79,7 @@ async def _bring_in(outside: Outside, hosted: Hosted, *, adopted: bool) -> None:
             await _fail(outside, hosted, Code.SWAP_TIMEOUT, Diagnosis(reason, permanent=False))
             return
     except _Ended as ended:
-        killed = ended_from_outside(hosted, ended.exit)
-        await _fail(outside, hosted, None, await _diagnose(outside, hosted, ended.exit), killed=killed)
+        await _fail(outside, hosted, None, await _diagnose(outside, hosted, ended.exit))
     except _NeverReady as never:
         await _fail(outside, hosted, None, Diagnosis(f"{hosted.model} can't serve: {never}", permanent=True))
     except (CanaryFailed, aiohttp.ClientError, TimeoutError) as failed:
@@ -292,7 +291,6 @@ async def _fail(
     code: Code | None,
     diagnosis: Diagnosis,
     *,
-    killed: bool = False,
     unprepared: bool = False,
 ) -> None:
     """Stop what is left of the instance, then report why it failed."""
@@ -309,7 +307,7 @@ async def _fail(
             code=code,
             message=message,
             permanent=diagnosis.permanent,
-            killed=killed and not diagnosis.permanent,
+            blameless=diagnosis.blameless,
             unprepared=unprepared,
         )
     )

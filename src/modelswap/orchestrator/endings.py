@@ -24,7 +24,7 @@ def exit_code(hosted: Hosted, exit_: Exit) -> int | None:
     return exit_.code
 
 
-def ended_from_outside(hosted: Hosted, exit_: Exit) -> bool:
+def _ended_from_outside(hosted: Hosted, exit_: Exit) -> bool:
     """Return whether somebody ended it, which says nothing about the model; an engine doesn't send itself signals."""
     if exit_.oom:
         return False
@@ -54,7 +54,12 @@ def failed_start(hosted: Hosted, exit_: Exit, found: Diagnosis) -> Diagnosis:
         reason = f"its container reached its memory limit and was killed; give it more memory ({found.reason})"
     if _contained(hosted) and exit_.code is not None and (status := f"status {_status(exit_.code)}") not in reason:
         reason = f"{reason} (exit {status})"
-    return Diagnosis(f"{hosted.model} failed to start: {reason}", found.permanent and not exit_.oom)
+    permanent = found.permanent and not exit_.oom
+    return Diagnosis(
+        f"{hosted.model} failed to start: {reason}",
+        permanent,
+        blameless=not permanent and (found.blameless or _ended_from_outside(hosted, exit_)),
+    )
 
 
 def _status(code: int) -> int:

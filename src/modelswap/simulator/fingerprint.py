@@ -136,7 +136,7 @@ class _Canon:
                 for device in world.devices.values()
                 for swap in (device.swap,)
             ),
-            tuple((m.backoff is not None, m.failures, m.early_deaths, m.killed_starts) for m in world.models.values()),
+            tuple((m.backoff is not None, m.failures, m.early_deaths, m.mishaps) for m in world.models.values()),
             tuple((m.preparation.state, m.unprepared_starts) for m in world.models.values()),
             tuple((m.way, m.pin, m.failed_wakes) for m in world.models.values()),
             self._ids(list(world.appeared)),
