@@ -16,6 +16,7 @@ from modelswap.cli.failure import ExitCode, Failure
 from modelswap.cli.stack import check_addresses
 from modelswap.spec.config import Config
 from modelswap.spec.load import loads
+from tests.ports import free_port
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ async def test_ports_that_can_not_work_are_config_errors(gateway: int, orchestra
 
 async def test_a_strangers_port_is_refused_at_once() -> None:
     """The error says who has the port and which key to change."""
-    free = addresses.free_port("127.0.0.1", set())
+    free = free_port()
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
         pytest.raises(Failure, match=rf"taken by .*{os.getpid()}") as refused,
@@ -102,7 +103,7 @@ sys.stdin.readline()
 
 async def test_the_services_of_a_killed_supervisor_are_waited_for() -> None:
     """A service of ours that has lost its supervisor is about to end, so its port is waited for."""
-    port = addresses.free_port("127.0.0.1", set())
+    port = free_port()
     said: list[str] = []
     argv = [sys.executable, "-c", LINGERER, str(port)]
     lingerer = await asyncio.create_subprocess_exec(
@@ -120,7 +121,7 @@ async def test_the_services_of_a_killed_supervisor_are_waited_for() -> None:
             said.append(line)
             lingerer.stdin.close()
 
-        await check_addresses(config(port, addresses.free_port("127.0.0.1", {port})), say)
+        await check_addresses(config(port, free_port()), say)
     finally:
         if lingerer.returncode is None:
             with contextlib.suppress(ProcessLookupError):

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from modelswap.cli import addresses, demo
+from modelswap.cli import demo
 from modelswap.cli.failure import ExitCode, Failure
 from modelswap.spec.load import load
+from tests.ports import free_port
 
 DEADLINE = 90.0
 
@@ -32,8 +33,7 @@ def plain() -> tuple[Console, io.StringIO]:
 
 def ports() -> tuple[int, int]:
     """Return two free ports."""
-    first = addresses.free_port("127.0.0.1", set())
-    return first, addresses.free_port("127.0.0.1", {first})
+    return free_port(), free_port()
 
 
 def test_the_config_it_writes_is_right(tmp_path: Path) -> None:

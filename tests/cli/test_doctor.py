@@ -26,6 +26,7 @@ from modelswap.cli.doctor.scene import Scene, ToldElsewhere, in_thread
 from modelswap.spec.config import Config
 from modelswap.spec.load import load
 from tests.cli.doctoring import config, levels, one, scene
+from tests.ports import free_port
 
 Run = Callable[..., Any]
 OK, NOTE, WARNING, PROBLEM = Level.OK, Level.NOTE, Level.WARNING, Level.PROBLEM
@@ -174,7 +175,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a config file whose models need neither Docker nor a GPU, with its own folders and ports."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     path = tmp_path / "m.yaml"
-    ports = addresses.free_port("127.0.0.1", set()), addresses.free_port("127.0.0.1", set())
+    ports = free_port(), free_port()
     path.write_text(
         f"models: {{a: {{engine: custom, command: [{sys.executable}, '{{port}}'], device: none}}}}\n"
         f"gateway: {{port: {ports[0]}}}\norchestrator: {{port: {ports[1]}}}\ndevice: {{kind: slot}}\n"

@@ -17,7 +17,7 @@ import aiohttp
 import psutil
 import pytest
 
-from modelswap.cli import addresses
+from tests.ports import free_port
 
 DEADLINE = 60.0
 
@@ -128,8 +128,8 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.state = folder / "state"
-        self.gateway = addresses.free_port("127.0.0.1", set())
-        self.orchestrator = addresses.free_port("127.0.0.1", {self.gateway})
+        self.gateway = free_port()
+        self.orchestrator = free_port()
         self.config = folder / "modelswap.yaml"
         engine = [sys.executable, "-m", "modelswap.testing.engine", "--port", "{port}", "--tokens-per-second", "20"]
         engine += ["--tokens", "100000"]

@@ -13,7 +13,8 @@ from typing import Any, Final
 import aiodocker
 
 from tests.docker.stack import ENGINE_IMAGE
-from tests.system.stack import Stack, free_port
+from tests.ports import free_port
+from tests.system.stack import Stack
 
 MANAGED: Final = ("mistral", "coder", "llava")
 ADOPTED: Final = ("phi", "gemma", "qwen")

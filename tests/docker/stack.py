@@ -19,7 +19,8 @@ from typing import Any, Final
 import openai
 import yaml
 
-from tests.system.stack import free_port, until
+from tests.ports import free_port
+from tests.system.stack import until
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 ENGINES: Final = ("mistral-llm", "coder-llm", "llava-llm")

@@ -12,6 +12,8 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.ports import free_port
+
 PATIENCE = 60.0
 ENDLESS = 1_000_000
 
@@ -45,13 +47,6 @@ def load(options):
 
 sys.exit(main(sys.argv[1:], load))
 """
-
-
-def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Server:

@@ -17,7 +17,7 @@ import pytest
 
 from modelswap.orchestrator.main import serve
 from modelswap.protocol.codec import decode_from_orchestrator, encode
-from modelswap.protocol.messages import Catalog, Close, HeldLease, Hello, Open, OrchestratorMessage
+from modelswap.protocol.messages import Catalog, Close, Heartbeat, HeldLease, Hello, Open, OrchestratorMessage
 from modelswap.runtimes.process import ProcessRuntime
 from modelswap.spec.load import load
 from modelswap.testing.engine.options import Options, command
@@ -26,6 +26,7 @@ from tests.orchestrator.fakes import DEADLINE
 
 RUN = "import sys; from pathlib import Path; from modelswap.orchestrator.main import run; run(Path(sys.argv[1]))"
 GIB = 1 << 30
+TERM = 1.0
 
 
 class Rig:
@@ -40,6 +41,7 @@ class Rig:
         self.process: asyncio.subprocess.Process | None = None
         self.log: list[str] = []
         self._reading: asyncio.Task[None] | None = None
+        self._beating: list[asyncio.Task[None]] = []
         self.url = ""
         self.models: dict[str, dict[str, Any]] = {name: self.engine(name) for name in ("a", "b")}
 
@@ -52,7 +54,7 @@ class Rig:
         """Write the config file (JSON is YAML)."""
         text = {
             "models": self.models,
-            "orchestrator": {"port": self.port, "state_dir": str(self.state), "term": 1.0},
+            "orchestrator": {"port": self.port, "state_dir": str(self.state), "term": TERM},
             "device": {"kind": "simulated", "ledger": str(self.ledger.path)},
         }
         self.file.write_text(json.dumps(text))
@@ -119,12 +121,28 @@ class Rig:
     async def connect(
         self, http: aiohttp.ClientSession, gateway: str, *leases: HeldLease
     ) -> aiohttp.ClientWebSocketResponse:
-        """Return a gateway's connection, on which it said what it holds."""
+        """Return a gateway's connection, on which it said what it holds, and is never silent."""
         token = (self.state / "token").read_text().strip()
         headers = {"authorization": f"Bearer {token}"}
         connection = await http.ws_connect(self.url + "/gateway", headers=headers)
         await connection.send_str(encode(Hello(gateway=gateway, leases=leases)).decode())
+        self._beating.append(asyncio.create_task(self._beat(connection)))
         return connection
+
+    async def _beat(self, connection: aiohttp.ClientWebSocketResponse) -> None:
+        with contextlib.suppress(aiohttp.ClientError, ConnectionError):
+            while not connection.closed:
+                await connection.send_str(encode(Heartbeat()).decode())
+                await asyncio.sleep(TERM / 5)
+
+    async def close(self) -> None:
+        """End what runs."""
+        for task in self._beating:
+            task.cancel()
+        await asyncio.gather(*self._beating, return_exceptions=True)
+        if self.process is not None:
+            await self.end(signal.SIGKILL)
+        await ProcessRuntime(self.state, 1 << 20).sweep(set())
 
 
 async def heard(connection: aiohttp.ClientWebSocketResponse, kind: type[OrchestratorMessage]) -> Any:
@@ -141,9 +159,7 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     """Leaves no process behind."""
     made = Rig(tmp_path)
     yield made
-    if made.process is not None:
-        await made.end(signal.SIGKILL)
-    await ProcessRuntime(made.state, 1 << 20).sweep(set())
+    await made.close()
 
 
 async def test_models_take_turns_and_never_meet_on_the_device(rig: Rig) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,24 +21,11 @@ import yaml
 
 from modelswap.testing.engine.options import Options, command
 from modelswap.testing.ledger import Ledger
+from tests.ports import free_port
 
 MODELS: Final = ("mistral", "coder", "llava")
 GIB: Final = 1 << 30
 DEADLINE: Final = 60.0
-
-
-def free_port() -> int:
-    """Return a loopback port that nothing uses now, and that no engine and no other test process will take."""
-    first = 10_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
-    while True:
-        port = random.randint(first, first + 999)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 async def until(true: Callable[[], bool | Awaitable[bool]], what: str, seconds: float = DEADLINE) -> None:

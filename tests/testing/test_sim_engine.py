@@ -173,7 +173,7 @@ async def test_the_api_key_guards_v1_only(http: aiohttp.ClientSession) -> None:
 
 async def test_loading_answers_503_until_ready(http: aiohttp.ClientSession) -> None:
     """While loading, health and requests get 503; ready says when that is over."""
-    async with SimEngine(Options(model="m", load_seconds=0.05)) as engine:
+    async with SimEngine(Options(model="m", load_seconds=1.0)) as engine:
         async with http.get(engine.url + "/health") as response:
             assert response.status == 503
         assert (await _post(http, engine.url + CHAT, model="m"))[0] == 503
