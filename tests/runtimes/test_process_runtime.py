@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -49,8 +47,7 @@ def _nothing(table: object, pid: int) -> None:
 async def test_an_engine_is_on_its_own(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An engine leads its session, has three descriptors, our environment and its own, its folder, and no secret."""
     monkeypatch.setenv("MODELSWAP_TOKEN", "secret")
-    with (tmp_path / "inheritable").open("w") as file, contextlib.ExitStack() as under:
-        under.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_DFL))  # nohup's is kept
+    with (tmp_path / "inheritable").open("w") as file:
         os.set_inheritable(file.fileno(), True)
         launch = msgspec.structs.replace(host.launch("facts", env={"GREETING": "hello"}), cwd=str(tmp_path))
         order = host.order(launch, await host.allocate())
