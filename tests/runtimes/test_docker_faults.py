@@ -397,6 +397,25 @@ async def test_starts_that_nobody_saw_are_found(fake: FakeDocker, runtime: Docke
     again.cancel()
 
 
+async def test_events_are_watched_whatever_docker_says_on_reconnecting(
+    fake: FakeDocker, runtime: DockerRuntime
+) -> None:
+    """A Docker that can't answer yet when its events are back doesn't end the watching of events."""
+    running = await started(runtime)
+    own = fake.containers["a" * 64] = Container("a" * 64, "own", {})
+    fake.mute = True
+    fake.begin(own)
+    fake.mute = False
+    streams = fake.streams
+    fake.fault = failing("/own/json", times=1)
+    fake.cut()
+    await until(lambda: fake.streams > streams + 1)
+    assert (await runtime.appeared()).model == "own"
+    waiting = await waiting_for(fake, runtime, running)
+    fake.die(next(each for each in fake.containers.values() if each is not own), 3)
+    assert await waiting == Exit(3)
+
+
 async def test_something_that_ended_before_it_was_told_of_does_not_appear(
     fake: FakeDocker, runtime: DockerRuntime
 ) -> None:
