@@ -416,6 +416,24 @@ async def test_events_are_watched_whatever_docker_says_on_reconnecting(
     assert await waiting == Exit(3)
 
 
+@pytest.mark.parametrize("slow", ["/containers/create", "/start"])
+async def test_docker_may_take_its_time_to_make_and_start(
+    fake: FakeDocker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    """A start may take longer than other calls: a cold disk, a GPU driver that wakes up."""
+    monkeypatch.setattr(client, "CALL_SECONDS", 0.3)
+
+    async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path.endswith(slow):
+            await asyncio.sleep(0.6)
+        return await handler(request)
+
+    async with opened(fake, tmp_path / "state") as runtime:
+        fake.fault = fault
+        running = await started(runtime)
+        assert await runtime.instances() == [running]
+
+
 async def test_something_that_ended_before_it_was_told_of_does_not_appear(
     fake: FakeDocker, runtime: DockerRuntime
 ) -> None:

@@ -13,7 +13,7 @@ from modelswap.engines.base import Address
 from modelswap.runtimes.base import Running, StartFailed, StartOrder
 from modelswap.runtimes.docker import api
 from modelswap.runtimes.docker.catalogue import Catalogue
-from modelswap.runtimes.docker.client import START_SECONDS, failure, persistently
+from modelswap.runtimes.docker.client import SLOW, START_SECONDS, failure, persistently
 from modelswap.runtimes.docker.inspected import Inspected, finished_at, is_limited, is_running, name_of
 from modelswap.runtimes.docker.lives import Life, key_of
 from modelswap.runtimes.docker.making import Maker
@@ -185,7 +185,7 @@ class Starter:
                 if again is not None and key_of(start.container, started_at(again)) != before:
                     return
             first = False
-            await api.call(self._docker, "POST", f"containers/{start.container}/start")
+            await api.call(self._docker, "POST", f"containers/{start.container}/start", timeout=SLOW)
 
         await persistently(post, f"starting {start.model}", limit=START_SECONDS)
         inspected = await self._inspect(start.container)
