@@ -416,6 +416,17 @@ async def test_events_are_watched_whatever_docker_says_on_reconnecting(
     assert await waiting == Exit(3)
 
 
+async def test_a_start_by_hand_during_a_sweep_appears(fake: FakeDocker, runtime: DockerRuntime) -> None:
+    """What others start after it was looked at what runs, and before the rest was swept, is told of."""
+    own = fake.containers["a" * 64] = Container("a" * 64, "own", {})
+    assert await runtime.instances() == []
+    fake.mute = True
+    fake.begin(own)
+    assert await runtime.sweep(set()) == []
+    async with asyncio.timeout(5):
+        assert (await runtime.appeared()).model == "own"
+
+
 @pytest.mark.parametrize("slow", ["/containers/create", "/start"])
 async def test_docker_may_take_its_time_to_make_and_start(
     fake: FakeDocker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str

@@ -215,9 +215,10 @@ class DockerRuntime:
 
     async def sweep(self, keep: set[str]) -> list[str]:
         """See `Runtime`; what others started of configured models is not ours."""
-        strays = [
-            life for life in await self._tracker.instances() if life.running.instance not in keep and not life.foreign
-        ]
+        try:
+            strays = [life for life in await self._tracker.ours() if life.running.instance not in keep]
+        except Trouble as error:
+            raise failure(error, "to tell what runs") from error
         ends = await asyncio.gather(*(self._stopper.stop(life, 0) for life in strays), return_exceptions=True)
         stuck = [error for error in ends if isinstance(error, BaseException)]
         if stuck:
