@@ -445,6 +445,18 @@ async def test_docker_may_take_its_time_to_make_and_start(
         assert await runtime.instances() == [running]
 
 
+async def test_a_config_that_is_not_taken_changes_nothing(fake: FakeDocker, tmp_path: Path) -> None:
+    """If Docker can't be told of new models, containers are judged by the ones before."""
+    async with opened(fake, tmp_path / "state") as runtime:
+        await runtime.create(await order(runtime))
+        fake.fault = failing("/containers/json", times=1)
+        with pytest.raises(StartFailed):
+            await runtime.configure({})
+        fake.begin(fake.only())
+        async with asyncio.timeout(5):
+            assert (await runtime.appeared()).definition == "d"
+
+
 async def test_something_that_ended_before_it_was_told_of_does_not_appear(
     fake: FakeDocker, runtime: DockerRuntime
 ) -> None:

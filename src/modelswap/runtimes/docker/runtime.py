@@ -67,7 +67,16 @@ class DockerRuntime:
 
     async def configure(self, models: Mapping[str, Known]) -> None:
         """See `Runtime`. Raises `DockerAway`; what can't be done to single containers now is told in the log."""
+        before = self._catalogue.models
         self._catalogue.configure(models)
+        try:
+            await self._take_in(models)
+        except BaseException:
+            if before is not None:
+                self._catalogue.configure(before)  # whoever asked goes on with the config as it was
+            raise
+
+    async def _take_in(self, models: Mapping[str, Known]) -> None:
         await self._catalogue.forbid_restarts(self._catalogue.adopted())
         try:
             await persistently(self._tracker.reconcile, "looking at what runs")
