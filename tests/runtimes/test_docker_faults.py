@@ -17,6 +17,7 @@ from modelswap.runtimes.base import Exit, Known, NotPrepared, Running, StartFail
 from modelswap.runtimes.docker import client
 from modelswap.runtimes.docker.client import DockerAway
 from modelswap.runtimes.docker.opening import open_runtime
+from modelswap.runtimes.docker.records import Start, Starts
 from modelswap.runtimes.docker.runtime import DockerRuntime
 from modelswap.spec import config
 from modelswap.spec.config import Model
@@ -425,6 +426,37 @@ async def test_a_start_by_hand_during_a_sweep_appears(fake: FakeDocker, runtime:
     assert await runtime.sweep(set()) == []
     async with asyncio.timeout(5):
         assert (await runtime.appeared()).model == "own"
+
+
+async def test_a_start_that_was_never_made_claims_no_later_one(fake: FakeDocker, tmp_path: Path) -> None:
+    """If we are killed between a start's record and the start itself, what somebody starts later is that one's."""
+    async with opened(fake, tmp_path / "state") as runtime:
+        await runtime.create(await order(runtime))
+        lost = Start(instance="lost", model="m", definition="d", container=fake.only().id, port=8000, written=1.0)
+        Starts(tmp_path / "state" / "docker" / "starts").write(lost)
+    async with opened(fake, tmp_path / "state") as runtime:
+        assert await runtime.instances() == []
+        await runtime.sweep(set())
+        fake.begin(fake.only())
+        async with asyncio.timeout(5):
+            running = await runtime.appeared()
+        assert running.instance != "lost" and runtime.foreign(running)
+
+
+async def test_a_start_that_outlives_us_is_found_by_its_record(fake: FakeDocker, tmp_path: Path) -> None:
+    """If we are killed while Docker carries out a start, the one after us knows it by its id."""
+    async with opened(fake, tmp_path / "state") as runtime:
+        await runtime.create(await order(runtime))
+        lost = Start(instance="lost", model="m", definition="d", container=fake.only().id, port=8000, written=1.0)
+        Starts(tmp_path / "state" / "docker" / "starts").write(lost)
+        fake.mute = True
+        fake.begin(fake.only())
+    fake.mute = False
+    async with opened(fake, tmp_path / "state") as runtime:
+        [running] = await runtime.instances()
+        assert running.instance == "lost" and not runtime.foreign(running)
+        assert await runtime.sweep({"lost"}) == []
+        assert await runtime.instances() == [running]
 
 
 @pytest.mark.parametrize("slow", ["/containers/create", "/start"])

@@ -112,6 +112,12 @@ class Starts:
         with contextlib.suppress(OSError):
             self._path(instance).unlink(missing_ok=True)
 
+    def forget_unfinished(self, spared: Collection[str] = ()) -> None:
+        """Delete those of starts that were never done, but of ``spared`` containers."""
+        for start in self.all():
+            if not start.born and start.container not in spared:
+                self.forget(start.instance)
+
     def all(self) -> list[Start]:
         """Return all."""
         return list(self._starts.values())

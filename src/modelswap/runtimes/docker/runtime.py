@@ -232,6 +232,8 @@ class DockerRuntime:
         stuck = [error for error in ends if isinstance(error, BaseException)]
         if stuck:
             raise Unkillable("; ".join(str(error) for error in stuck))
+        # What an earlier one of us didn't get to start is nobody's now: a later start of the same container isn't its.
+        self._starts.forget_unfinished(self._tracker.ordering)
         return [
             f"container {life.running.container[:12]} of {life.running.model}, instance {life.running.instance}"
             for life in strays
