@@ -443,6 +443,20 @@ async def test_a_start_that_was_never_made_claims_no_later_one(fake: FakeDocker,
         assert running.instance != "lost" and runtime.foreign(running)
 
 
+async def test_what_ended_while_nobody_looked_is_over(fake: FakeDocker, tmp_path: Path) -> None:
+    """The record of a start that ended while we were away is kept no longer than any other's."""
+    records = tmp_path / "state" / "docker" / "starts"
+    async with opened(fake, tmp_path / "state") as runtime:
+        await started(runtime)
+    fake.die(fake.only(), 0)
+    async with opened(fake, tmp_path / "state") as runtime:
+        assert await runtime.instances() == [] and await runtime.sweep(set()) == []
+        running = await started(runtime, "i2")
+        await runtime.rotate()
+        assert [path.stem for path in records.glob("*.json")] == ["i2"]
+        assert await runtime.instances() == [running]
+
+
 async def test_a_start_that_outlives_us_is_found_by_its_record(fake: FakeDocker, tmp_path: Path) -> None:
     """If we are killed while Docker carries out a start, the one after us knows it by its id."""
     async with opened(fake, tmp_path / "state") as runtime:

@@ -233,7 +233,8 @@ class DockerRuntime:
         if stuck:
             raise Unkillable("; ".join(str(error) for error in stuck))
         # What an earlier one of us didn't get to start is nobody's now: a later start of the same container isn't its.
-        self._starts.forget_unfinished(self._tracker.ordering)
+        living = {life.running.instance for life in self._tracker.lives.living()}
+        self._starts.close(living, self._tracker.ordering)
         return [
             f"container {life.running.container[:12]} of {life.running.model}, instance {life.running.instance}"
             for life in strays
