@@ -224,7 +224,7 @@ async def test_refusals_come_with_a_remedy(
     fake: FakeDocker, runtime: DockerRuntime, status: int, said: str, told: str, code: Code
 ) -> None:
     """What Docker says is explained, and it is told whether another try is of any use."""
-    fake.fault = failing("/start", times=1, status=status, message=said)
+    fake.fault = failing("/start", times=100, status=status, message=said)
     with pytest.raises(Exception, match=told) as failed:
         await started(runtime)
     assert getattr(failed.value, "code", None) is code
@@ -234,6 +234,18 @@ async def test_a_vanished_container_is_made_again(fake: FakeDocker, runtime: Doc
     """If somebody removes a container just before it is started, it is made anew."""
     fake.fault = failing("/start", times=1, status=404, message="No such container: x")
     running = await started(runtime)
+    assert await runtime.instances() == [running]
+
+
+async def test_a_container_of_a_network_that_was_made_anew_is_made_anew(
+    fake: FakeDocker, runtime: DockerRuntime
+) -> None:
+    """After ``docker compose down`` and ``up`` a container still means the network that was, by its id."""
+    await runtime.create(await order(runtime))
+    before = fake.only()
+    fake.fault = failing("/start", times=1, status=404, message="network 5f2c5c1bd1ab not found")
+    running = await started(runtime)
+    assert running.container == fake.only().id != before.id
     assert await runtime.instances() == [running]
 
 
