@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosedError
 
+from modelswap.gateway import link
 from modelswap.gateway.link import gateway_url
 from modelswap.protocol.messages import Epoch, Heartbeat, Hello, Open, Want
 from modelswap.testing.waiting import until
@@ -68,6 +72,43 @@ async def test_serves_on_while_the_orchestrator_is_away(rig: Rig) -> None:
     assert await stream.chunk() == b""
     await rig.engine(model="coder")
     assert (await waiting.response()).status == 200
+
+
+async def test_a_connection_that_breaks_as_it_is_made_cuts_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An orchestrator that goes away between accepting a connection and the handshake is away, like any other.
+
+    On a busy loop `websockets` tells it with `ConnectionClosed`, not with a handshake's failure.
+    """
+    broken = 0
+
+    async def breaking(*arguments: Any, **options: Any) -> ClientConnection:
+        nonlocal broken
+        if rig.orchestrator.connections and broken < 2:
+            broken += 1
+            raise ConnectionClosedError(None, None)
+        return await connect(*arguments, **options)
+
+    monkeypatch.setattr(link, "connect", breaking)
+    await rig.start()
+    go = asyncio.Event()
+
+    async def script(request: Request) -> None:
+        request.connection.write(SSE_HEAD + chunk(b"data: 1\n\n"))
+        await go.wait()
+        request.connection.write(chunk(b"data: 2\n\n") + b"0\r\n\r\n")
+
+    await rig.engine(script)
+    stream = await rig.wire()
+    await stream.send(post(ask(stream=True)))
+    await stream.head()
+    port = rig.orchestrator.port
+    await rig.orchestrator.stop()
+    await rig.orchestrator.start(port)
+    hello = await rig.orchestrator.hears(Hello, 2)
+    assert broken == 2
+    assert [(held.model, held.in_flight) for held in hello.leases] == [("mistral", 1)]
+    go.set()
+    assert [await stream.chunk() for _ in range(3)] == [b"data: 1\n\n", b"data: 2\n\n", b""]
 
 
 async def test_silent_orchestrator_is_left(rig: Rig) -> None:

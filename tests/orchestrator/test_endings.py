@@ -34,14 +34,18 @@ def hosted(container: str = "") -> Hosted:
         ("c0ffee", Exit(-9), -9, True),
         ("c0ffee", Exit(-15), -15, True),
         ("c0ffee", Exit(137, oom=True), -9, False),
-        ("c0ffee", Exit(0), 0, False),
+        ("", Exit(0), 0, False),
+        ("c0ffee", Exit(0), 0, True),
         ("c0ffee", Exit(128), 128, False),
         ("c0ffee", Exit(255), 255, False),
         ("c0ffee", Exit(None), None, False),
     ],
 )
 def test_a_containers_status_tells_the_signal(container: str, exit_: Exit, code: int | None, outside: bool) -> None:
-    """128 + n is signal n; SIGKILL and `docker stop` come from outside, the memory limit's SIGKILL doesn't."""
+    """128 + n is signal n; SIGKILL and `docker stop` come from outside, the memory limit's SIGKILL doesn't.
+
+    Engines that end in order when `docker stop` asks them to, have the status 0.
+    """
     assert exit_code(hosted(container), exit_) == code
     assert failed_start(hosted(container), exit_, Diagnosis("it ended", False)).blameless is outside
 

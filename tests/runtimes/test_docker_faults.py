@@ -17,6 +17,7 @@ from modelswap.runtimes.base import Exit, Known, NotPrepared, Running, StartFail
 from modelswap.runtimes.docker import client
 from modelswap.runtimes.docker.client import DockerAway
 from modelswap.runtimes.docker.opening import open_runtime
+from modelswap.runtimes.docker.records import Start, Starts
 from modelswap.runtimes.docker.runtime import DockerRuntime
 from modelswap.spec import config
 from modelswap.spec.config import Model
@@ -223,7 +224,7 @@ async def test_refusals_come_with_a_remedy(
     fake: FakeDocker, runtime: DockerRuntime, status: int, said: str, told: str, code: Code
 ) -> None:
     """What Docker says is explained, and it is told whether another try is of any use."""
-    fake.fault = failing("/start", times=1, status=status, message=said)
+    fake.fault = failing("/start", times=100, status=status, message=said)
     with pytest.raises(Exception, match=told) as failed:
         await started(runtime)
     assert getattr(failed.value, "code", None) is code
@@ -233,6 +234,18 @@ async def test_a_vanished_container_is_made_again(fake: FakeDocker, runtime: Doc
     """If somebody removes a container just before it is started, it is made anew."""
     fake.fault = failing("/start", times=1, status=404, message="No such container: x")
     running = await started(runtime)
+    assert await runtime.instances() == [running]
+
+
+async def test_a_container_of_a_network_that_was_made_anew_is_made_anew(
+    fake: FakeDocker, runtime: DockerRuntime
+) -> None:
+    """After ``docker compose down`` and ``up`` a container still means the network that was, by its id."""
+    await runtime.create(await order(runtime))
+    before = fake.only()
+    fake.fault = failing("/start", times=1, status=404, message="network 5f2c5c1bd1ab not found")
+    running = await started(runtime)
+    assert running.container == fake.only().id != before.id
     assert await runtime.instances() == [running]
 
 
@@ -395,6 +408,111 @@ async def test_starts_that_nobody_saw_are_found(fake: FakeDocker, runtime: Docke
     await asyncio.sleep(0.05)
     assert not again.done()
     again.cancel()
+
+
+async def test_events_are_watched_whatever_docker_says_on_reconnecting(
+    fake: FakeDocker, runtime: DockerRuntime
+) -> None:
+    """A Docker that can't answer yet when its events are back doesn't end the watching of events."""
+    running = await started(runtime)
+    own = fake.containers["a" * 64] = Container("a" * 64, "own", {})
+    fake.mute = True
+    fake.begin(own)
+    fake.mute = False
+    streams = fake.streams
+    fake.fault = failing("/own/json", times=1)
+    fake.cut()
+    await until(lambda: fake.streams > streams + 1)
+    assert (await runtime.appeared()).model == "own"
+    waiting = await waiting_for(fake, runtime, running)
+    fake.die(next(each for each in fake.containers.values() if each is not own), 3)
+    assert await waiting == Exit(3)
+
+
+async def test_a_start_by_hand_during_a_sweep_appears(fake: FakeDocker, runtime: DockerRuntime) -> None:
+    """What others start after it was looked at what runs, and before the rest was swept, is told of."""
+    own = fake.containers["a" * 64] = Container("a" * 64, "own", {})
+    assert await runtime.instances() == []
+    fake.mute = True
+    fake.begin(own)
+    assert await runtime.sweep(set()) == []
+    async with asyncio.timeout(5):
+        assert (await runtime.appeared()).model == "own"
+
+
+async def test_a_start_that_was_never_made_claims_no_later_one(fake: FakeDocker, tmp_path: Path) -> None:
+    """If we are killed between a start's record and the start itself, what somebody starts later is that one's."""
+    async with opened(fake, tmp_path / "state") as runtime:
+        await runtime.create(await order(runtime))
+        lost = Start(instance="lost", model="m", definition="d", container=fake.only().id, port=8000, written=1.0)
+        Starts(tmp_path / "state" / "docker" / "starts").write(lost)
+    async with opened(fake, tmp_path / "state") as runtime:
+        assert await runtime.instances() == []
+        await runtime.sweep(set())
+        fake.begin(fake.only())
+        async with asyncio.timeout(5):
+            running = await runtime.appeared()
+        assert running.instance != "lost" and runtime.foreign(running)
+
+
+async def test_what_ended_while_nobody_looked_is_over(fake: FakeDocker, tmp_path: Path) -> None:
+    """The record of a start that ended while we were away is kept no longer than any other's."""
+    records = tmp_path / "state" / "docker" / "starts"
+    async with opened(fake, tmp_path / "state") as runtime:
+        await started(runtime)
+    fake.die(fake.only(), 0)
+    async with opened(fake, tmp_path / "state") as runtime:
+        assert await runtime.instances() == [] and await runtime.sweep(set()) == []
+        running = await started(runtime, "i2")
+        await runtime.rotate()
+        assert [path.stem for path in records.glob("*.json")] == ["i2"]
+        assert await runtime.instances() == [running]
+
+
+async def test_a_start_that_outlives_us_is_found_by_its_record(fake: FakeDocker, tmp_path: Path) -> None:
+    """If we are killed while Docker carries out a start, the one after us knows it by its id."""
+    async with opened(fake, tmp_path / "state") as runtime:
+        await runtime.create(await order(runtime))
+        lost = Start(instance="lost", model="m", definition="d", container=fake.only().id, port=8000, written=1.0)
+        Starts(tmp_path / "state" / "docker" / "starts").write(lost)
+        fake.mute = True
+        fake.begin(fake.only())
+    fake.mute = False
+    async with opened(fake, tmp_path / "state") as runtime:
+        [running] = await runtime.instances()
+        assert running.instance == "lost" and not runtime.foreign(running)
+        assert await runtime.sweep({"lost"}) == []
+        assert await runtime.instances() == [running]
+
+
+@pytest.mark.parametrize("slow", ["/containers/create", "/start"])
+async def test_docker_may_take_its_time_to_make_and_start(
+    fake: FakeDocker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    """A start may take longer than other calls: a cold disk, a GPU driver that wakes up."""
+    monkeypatch.setattr(client, "CALL_SECONDS", 0.3)
+
+    async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path.endswith(slow):
+            await asyncio.sleep(0.6)
+        return await handler(request)
+
+    async with opened(fake, tmp_path / "state") as runtime:
+        fake.fault = fault
+        running = await started(runtime)
+        assert await runtime.instances() == [running]
+
+
+async def test_a_config_that_is_not_taken_changes_nothing(fake: FakeDocker, tmp_path: Path) -> None:
+    """If Docker can't be told of new models, containers are judged by the ones before."""
+    async with opened(fake, tmp_path / "state") as runtime:
+        await runtime.create(await order(runtime))
+        fake.fault = failing("/containers/json", times=1)
+        with pytest.raises(StartFailed):
+            await runtime.configure({})
+        fake.begin(fake.only())
+        async with asyncio.timeout(5):
+            assert (await runtime.appeared()).definition == "d"
 
 
 async def test_something_that_ended_before_it_was_told_of_does_not_appear(

@@ -143,6 +143,36 @@ async def test_without_being_able_to_remove_it_nothing_is_started(bench: Bench) 
     assert bench.waiting() == []
 
 
+async def test_one_that_was_not_told_yet_is_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If we are killed before the order is given, the one after us doesn't take what still waits for an engine."""
+    state, docker = tmp_path / "state", config.Docker(host=f"unix://{tmp_path}/docker.sock")
+    noted: dict[Path, bytes] = {}
+    async with fake_docker(tmp_path / "docker.sock") as fake:
+        async with open_runtime(state, docker, gpu=0, port_of=lambda _: 8000, kill_timeout=0.2) as runtime:
+            await runtime.configure({"m": Known(SPEC, "d")})
+            bench = Bench(fake, runtime)
+            fake.fault = bench.fault
+
+            async def ask(*arguments: Any, **options: Any) -> bytes:
+                if b"argv" not in arguments[3]:
+                    return b'{"ready": true}'
+                noted.update({path: path.read_bytes() for path in (state / "docker" / "starts").glob("*.json")})
+                return b'{"taken": true}'
+
+            monkeypatch.setattr(execs, "ask", ask)
+            await bench.settled()
+            running = await runtime.start(await bench.order())
+            assert running.mechanism == "standby" and await runtime.instances() == [running]
+        assert noted
+        for path, content in noted.items():
+            path.write_bytes(content)
+        async with open_runtime(state, docker, gpu=0, port_of=lambda _: 8000, kill_timeout=0.2) as runtime:
+            await runtime.configure({"m": Known(SPEC, "d")})
+            assert await runtime.instances() == []
+            assert len(await runtime.sweep(set())) == 1
+            assert bench.waiting() == []
+
+
 async def test_an_image_that_has_moved_makes_it_useless(bench: Bench) -> None:
     """A start is of the image that is here now, not of the one that was."""
     await bench.settled()

@@ -19,7 +19,7 @@ from modelswap.runtimes.process import ProcessRuntime
 from tests.runtimes.conftest import ENGINE, Host
 
 WAITER = """
-import json, os, socket, sys
+import json, os, socket, sys, time
 path = sys.argv[2]
 mode = os.environ.get("MODE", "")
 if mode == "unfit":
@@ -40,6 +40,10 @@ while True:
         continue
     if mode == "vanish":
         os._exit(1)
+    if mode == "slow":
+        open("asked", "w").close()
+        while not os.path.exists("go"):
+            time.sleep(0.01)
     connection.sendall(b'{"taken": true}\\n')
     break
 os.environ.clear()
@@ -127,6 +131,23 @@ async def test_its_exit_status_and_children_are_an_engines(bench: Bench) -> None
     await bench.host.says(running, "ready")
     assert await bench.runtime.stop(running, 20.0) == Exit(-15)
     assert await bench.runtime.sweep(set()) == []
+
+
+async def test_one_that_has_not_taken_its_order_is_no_engine(bench: Bench) -> None:
+    """If we are killed while we give the order, the one after us doesn't take what may still wait for an engine."""
+    await bench.waiting("slow")
+    starting = asyncio.create_task(bench.start("listen", mode="slow"))
+    [socket] = (bench.host.state_dir / "run" / "standby").glob("*.sock")
+
+    async def asked() -> bool:
+        return socket.with_name("asked").exists()
+
+    await bench.host.until(asked)
+    assert await bench.host.renew().instances() == []
+    socket.with_name("go").touch()
+    running = await starting
+    assert running.mechanism == "standby"
+    assert await bench.host.renew().instances() == [running]
 
 
 async def test_the_next_orchestrator_knows_it_by_its_new_name(bench: Bench) -> None:

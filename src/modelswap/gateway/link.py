@@ -13,7 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 import msgspec
 import structlog
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from modelswap.protocol.codec import decode_from_orchestrator, encode
 from modelswap.protocol.messages import GatewayMessage, OrchestratorMessage
@@ -80,7 +80,8 @@ class Link:
                     close_timeout=CLOSE_SECONDS,
                     max_size=MAX_FRAME,
                 )
-            except (OSError, TimeoutError, InvalidHandshake, InvalidURI, EOFError) as error:
+            except (OSError, TimeoutError, WebSocketException, EOFError) as error:
+                # A server that goes away at the wrong moment is told as `ConnectionClosed`: not even that may end us.
                 if delay >= LONGEST_DELAY:
                     _log.warning("orchestrator_away", url=self._url, error=str(error) or type(error).__name__)
             else:

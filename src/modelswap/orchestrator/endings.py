@@ -15,6 +15,8 @@ from modelswap.runtimes.base import Exit
 
 _SIGNALLED: Final = 128
 _SIGNALS: Final = 64
+_STOPPED: Final = (0, -signal.SIGTERM)
+"""How a container ends that ``docker stop`` has asked to."""
 
 
 def exit_code(hosted: Hosted, exit_: Exit) -> int | None:
@@ -25,11 +27,14 @@ def exit_code(hosted: Hosted, exit_: Exit) -> int | None:
 
 
 def _ended_from_outside(hosted: Hosted, exit_: Exit) -> bool:
-    """Return whether somebody ended it, which says nothing about the model; an engine doesn't send itself signals."""
+    """Return whether somebody ended one that starts, which says nothing about the model.
+
+    An engine doesn't send itself signals, and none is done before it has served.
+    """
     if exit_.oom:
         return False
     code = exit_code(hosted, exit_)
-    return code == -signal.SIGKILL or (_contained(hosted) and code == -signal.SIGTERM)
+    return code == -signal.SIGKILL or (_contained(hosted) and code in _STOPPED)
 
 
 def death(hosted: Hosted, exit_: Exit) -> str:
@@ -40,7 +45,7 @@ def death(hosted: Hosted, exit_: Exit) -> str:
     if exit_.oom:
         return f"{hosted.model} died: its engine {exit_} ({status})"
     code = exit_code(hosted, exit_)
-    if code in (0, -signal.SIGTERM):
+    if code in _STOPPED:
         return f"{hosted.model} was stopped from outside ({status}), as by `docker stop`"
     if code == -signal.SIGKILL:
         return f"{hosted.model} was killed from outside ({status}), as by `docker kill` or for want of host memory"

@@ -134,9 +134,7 @@ class ProcessRuntime:
             mechanism="standby",
             carried=standby.id,
         )
-        # Before it is one: whoever comes after us must know it by its new name.
         self._carried[standby.id] = order.instance
-        self._records.write(running)
         self._children[order.instance] = standby.pid
         try:
             os.close(self._logs.open(order.model, order.instance))
@@ -147,8 +145,9 @@ class ProcessRuntime:
             await self._kill_all(order.instance, standby.pid)
             self._children.pop(order.instance, None)
             self._exits.pop(order.instance, None)
-            self._records.forget(order.instance)
             return None
+        # Whoever comes after us takes it for the engine from now on; before, it may have waited for its order still.
+        self._records.write(running)
         with contextlib.suppress(OSError):
             self._logs.prune(order.model, self._children)
         return running

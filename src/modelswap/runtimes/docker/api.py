@@ -53,10 +53,16 @@ async def request(
 
 
 async def call(
-    docker: aiodocker.Docker, method: str, path: str, *, params: Mapping[str, str] | None = None, body: Any = None
+    docker: aiodocker.Docker,
+    method: str,
+    path: str,
+    *,
+    params: Mapping[str, str] | None = None,
+    body: Any = None,
+    timeout: aiohttp.ClientTimeout | None = None,
 ) -> Any:
-    """Ask once and return the answer's JSON, None if it has none; raises as `request` does."""
-    async with request(docker, method, path, params=params, body=body) as response:
+    """Ask once and return the answer's JSON, None if it has none; see `request`."""
+    async with request(docker, method, path, params=params, body=body, timeout=timeout) as response:
         answer = await response.read()
     return msgspec.json.decode(answer) if answer else None
 

@@ -22,6 +22,8 @@ CALL_SECONDS: Final = 30.0
 """How long Docker may take to answer a call that has nothing to wait for."""
 START_SECONDS: Final = 120.0
 """How long it may take to create or start a container: a cold disk, a GPU driver that wakes up."""
+SLOW: Final = aiohttp.ClientTimeout(total=START_SECONDS)
+"""For such a call; the client's own timeout is `CALL_SECONDS`."""
 PATIENCE: Final = 30.0
 """How long a call is tried again while Docker is away (it is being restarted, say)."""
 

@@ -11,8 +11,9 @@ import aiohttp
 import msgspec
 import structlog
 
+from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.docker import api
-from modelswap.runtimes.docker.client import Trouble, is_away, negotiate
+from modelswap.runtimes.docker.client import DockerAway, Trouble, is_away, negotiate
 
 WATCHED: Final = ("create", "rename", "start", "die", "oom", "destroy")
 _FIRST_PAUSE: Final = 0.02
@@ -37,7 +38,8 @@ async def watch(
     """Give every event from ``since`` on to ``take``, until cancelled.
 
     ``caught_up`` is called whenever the stream has been opened: what happened before may have been missed (Docker
-    remembers 256 events, and none across its own restart), and is to be looked up. An event may come twice.
+    remembers 256 events, and none across its own restart), and is to be looked up; if that fails, it is done again. An
+    event may come twice.
     """
     pause = _FIRST_PAUSE
     away = False
@@ -53,10 +55,10 @@ async def watch(
                     if (event := _event(said)) is not None:
                         since = max(since, event.at)
                         take(event)
-        except (*Trouble, msgspec.DecodeError) as error:
+        except (*Trouble, ModelswapError, msgspec.DecodeError) as error:
             if not away:
                 away = True
-                level = _log.warning if is_away(error) else _log.error
+                level = _log.warning if is_away(error) or isinstance(error, DockerAway) else _log.error
                 level("Docker's events can't be read; trying again", reason=str(error) or repr(error))
         await asyncio.sleep(pause)
         pause = min(_LONGEST_PAUSE, pause * 2)

@@ -13,7 +13,7 @@ from modelswap.engines.base import Address, Place, StandbyPlan
 from modelswap.protocol.errors import Code
 from modelswap.runtimes.base import Known, NotPrepared, StartFailed, StartOrder
 from modelswap.runtimes.docker import api, body
-from modelswap.runtimes.docker.client import START_SECONDS, failure, persistently, says
+from modelswap.runtimes.docker.client import SLOW, START_SECONDS, failure, persistently, says
 from modelswap.runtimes.docker.images import Image, local_image
 from modelswap.runtimes.docker.inspected import Inspected, is_running, labels_of, name_of
 from modelswap.runtimes.docker.surroundings import Surroundings
@@ -87,7 +87,9 @@ class Maker:
         wanted = self._body(order, image, published)
         try:
             made = await persistently(
-                lambda: api.call(self._docker, "POST", "containers/create", params={"name": name}, body=wanted),
+                lambda: api.call(
+                    self._docker, "POST", "containers/create", params={"name": name}, body=wanted, timeout=SLOW
+                ),
                 f"making container {name}",
                 limit=START_SECONDS,
             )
@@ -118,7 +120,9 @@ class Maker:
         name = name_of(inspected)
         try:
             await persistently(
-                lambda: api.call(self._docker, "DELETE", f"containers/{inspected['Id']}", params={"v": "1"}),
+                lambda: api.call(
+                    self._docker, "DELETE", f"containers/{inspected['Id']}", params={"v": "1"}, timeout=SLOW
+                ),
                 f"removing container {name}",
                 limit=START_SECONDS,
             )

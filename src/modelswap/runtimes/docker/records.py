@@ -112,6 +112,17 @@ class Starts:
         with contextlib.suppress(OSError):
             self._path(instance).unlink(missing_ok=True)
 
+    def close(self, living: Collection[str], spared: Collection[str]) -> None:
+        """Delete those of starts that were never done, and take those of instances that don't live for over.
+
+        Those of ``spared`` containers, which are being started, stay as they are.
+        """
+        for start in [start for start in self.all() if start.container not in spared]:
+            if not start.born:
+                self.forget(start.instance)
+            elif not start.ended and start.instance not in living:
+                self.note(start.finished(start.born))  # an end that nobody saw is later than any start
+
     def all(self) -> list[Start]:
         """Return all."""
         return list(self._starts.values())

@@ -22,6 +22,11 @@ def port_is_taken(error: aiodocker.DockerError) -> bool:
     return says(error, *_PORT)
 
 
+def network_has_gone(error: aiodocker.DockerError) -> bool:
+    """Return whether a start failed because a network isn't there; one of the same name may be."""
+    return error.status == 404 and says(error, "network")
+
+
 def has_gone(error: aiodocker.DockerError) -> bool:
     """Return whether a start failed because there is no such container (any more)."""
     return error.status == 404 and says(error, "no such container")
@@ -47,7 +52,7 @@ def refused(error: aiodocker.DockerError, name: str) -> ModelswapError:
         )
     if says(error, "no such image"):
         return NotPrepared(f"the image of container {name} isn't here any more")
-    if error.status == 404 and says(error, "network"):
+    if network_has_gone(error):
         return StartFailed(
             f"a network of container {name} is gone ({said}); make it again, or create the container anew "
             f"(docker rm {name}; for compose: docker compose --profile models create)",

@@ -67,7 +67,16 @@ class DockerRuntime:
 
     async def configure(self, models: Mapping[str, Known]) -> None:
         """See `Runtime`. Raises `DockerAway`; what can't be done to single containers now is told in the log."""
+        before = self._catalogue.models
         self._catalogue.configure(models)
+        try:
+            await self._take_in(models)
+        except BaseException:
+            if before is not None:
+                self._catalogue.configure(before)  # whoever asked goes on with the config as it was
+            raise
+
+    async def _take_in(self, models: Mapping[str, Known]) -> None:
         await self._catalogue.forbid_restarts(self._catalogue.adopted())
         try:
             await persistently(self._tracker.reconcile, "looking at what runs")
@@ -215,13 +224,17 @@ class DockerRuntime:
 
     async def sweep(self, keep: set[str]) -> list[str]:
         """See `Runtime`; what others started of configured models is not ours."""
-        strays = [
-            life for life in await self._tracker.instances() if life.running.instance not in keep and not life.foreign
-        ]
+        try:
+            strays = [life for life in await self._tracker.ours() if life.running.instance not in keep]
+        except Trouble as error:
+            raise failure(error, "to tell what runs") from error
         ends = await asyncio.gather(*(self._stopper.stop(life, 0) for life in strays), return_exceptions=True)
         stuck = [error for error in ends if isinstance(error, BaseException)]
         if stuck:
             raise Unkillable("; ".join(str(error) for error in stuck))
+        # What an earlier one of us didn't get to start is nobody's now: a later start of the same container isn't its.
+        living = {life.running.instance for life in self._tracker.lives.living()}
+        self._starts.close(living, self._tracker.ordering)
         return [
             f"container {life.running.container[:12]} of {life.running.model}, instance {life.running.instance}"
             for life in strays

@@ -77,22 +77,26 @@ class Spender:
         inspected = await persistently(lambda: api.inspect(self._docker, container), "looking at a standby")
         if inspected is None or not is_running(inspected):
             raise StartFailed("the standby has ended")
+        born, address = started_at(inspected), address_of(inspected, self._around, order.address.port)
         start = Start(
             instance=order.instance,
             model=order.model,
             definition=order.definition,
             container=container,
             port=order.address.port,
+            previous=born,
             written=time.time(),
             mechanism="standby",
-        ).completed(started_at(inspected), address_of(inspected, self._around, order.address.port))
+        )
         self._tracker.ordering.add(container)
         try:
-            # Before it is one: whoever comes after us must know it by its new name.
+            # Whoever comes after us takes it for the engine once this is completed; until then it may still be waiting.
             self._starts.write(start)
             answer = await self._standbys.tell(standby, _order(order))
             if not answer.get("taken"):
                 raise StartFailed(f"the standby refused its order: {answer.get('error', 'without a reason')}")
+            start = start.completed(born, address)
+            self._starts.note(start)
             life = Life(
                 start.running(),
                 port=start.port,

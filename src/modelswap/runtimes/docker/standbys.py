@@ -25,7 +25,7 @@ from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.base import NotPrepared, StandbyState, StartFailed
 from modelswap.runtimes.docker import api, body, execs, logs
 from modelswap.runtimes.docker.chores import Chores
-from modelswap.runtimes.docker.client import START_SECONDS, DockerAway, Trouble, failure, persistently, says
+from modelswap.runtimes.docker.client import SLOW, START_SECONDS, DockerAway, Trouble, failure, persistently, says
 from modelswap.runtimes.docker.inspected import Inspected, is_running
 from modelswap.runtimes.docker.making import Maker
 from modelswap.runtimes.docker.records import Starts
@@ -185,16 +185,18 @@ class Standbys:
         standby.body = wanted["Labels"][body.BODY]
         script = await asyncio.to_thread(_packed, plan.script)
         async with asyncio.timeout(START_SECONDS):
-            made = await api.call(self._docker, "POST", "containers/create", params={"name": standby.name}, body=wanted)
+            made = await api.call(
+                self._docker, "POST", "containers/create", params={"name": standby.name}, body=wanted, timeout=SLOW
+            )
             standby.container = made["Id"]
             path = f"containers/{standby.container}/archive"
             headers = {"content-type": "application/x-tar"}
             async with api.request(
-                self._docker, "PUT", path, params={"path": "/"}, data=script, headers=headers
+                self._docker, "PUT", path, params={"path": "/"}, data=script, headers=headers, timeout=SLOW
             ) as answer:
                 await answer.read()
             try:
-                await api.call(self._docker, "POST", f"containers/{standby.container}/start")
+                await api.call(self._docker, "POST", f"containers/{standby.container}/start", timeout=SLOW)
             except aiodocker.DockerError as error:
                 if port_is_taken(error):
                     raise
@@ -261,7 +263,9 @@ class Standbys:
     async def _remove(self, container: str) -> None:
         try:
             await persistently(
-                lambda: api.call(self._docker, "DELETE", f"containers/{container}", params={"force": "1", "v": "1"}),
+                lambda: api.call(
+                    self._docker, "DELETE", f"containers/{container}", params={"force": "1", "v": "1"}, timeout=SLOW
+                ),
                 "removing a standby",
                 limit=START_SECONDS,
             )

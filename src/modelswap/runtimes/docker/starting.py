@@ -13,13 +13,13 @@ from modelswap.engines.base import Address
 from modelswap.runtimes.base import Running, StartFailed, StartOrder
 from modelswap.runtimes.docker import api
 from modelswap.runtimes.docker.catalogue import Catalogue
-from modelswap.runtimes.docker.client import START_SECONDS, failure, persistently
+from modelswap.runtimes.docker.client import SLOW, START_SECONDS, failure, persistently
 from modelswap.runtimes.docker.inspected import Inspected, finished_at, is_limited, is_running, name_of
 from modelswap.runtimes.docker.lives import Life, key_of
 from modelswap.runtimes.docker.making import Maker
 from modelswap.runtimes.docker.reach import Unreached, address_of, started_at
 from modelswap.runtimes.docker.records import Start, Starts
-from modelswap.runtimes.docker.refusals import has_gone, port_is_taken, refused
+from modelswap.runtimes.docker.refusals import has_gone, network_has_gone, port_is_taken, refused
 from modelswap.runtimes.docker.spending import Spender
 from modelswap.runtimes.docker.stopping import Stopper
 from modelswap.runtimes.docker.surroundings import Surroundings
@@ -78,11 +78,12 @@ class Starter:
                     return await self._begin(order, inspected)
                 except aiodocker.DockerError as error:
                     name = name_of(inspected)
-                    another_port = order.spec.runtime == "managed" and port_is_taken(error)
-                    if not tries_left or not (another_port or has_gone(error)):
+                    # A container keeps its port, and the id of its network.
+                    outdated = order.spec.runtime == "managed" and (port_is_taken(error) or network_has_gone(error))
+                    if not tries_left or not (outdated or has_gone(error)):
                         raise refused(error, name) from error
                     _log.warning("start failed, trying again", model=order.model, container=name, reason=str(error))
-                    if another_port:
+                    if outdated:
                         await self._maker.remove(inspected)
         raise AssertionError("the last try returns or raises")
 
@@ -185,7 +186,7 @@ class Starter:
                 if again is not None and key_of(start.container, started_at(again)) != before:
                     return
             first = False
-            await api.call(self._docker, "POST", f"containers/{start.container}/start")
+            await api.call(self._docker, "POST", f"containers/{start.container}/start", timeout=SLOW)
 
         await persistently(post, f"starting {start.model}", limit=START_SECONDS)
         inspected = await self._inspect(start.container)

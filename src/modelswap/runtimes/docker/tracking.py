@@ -131,6 +131,16 @@ class Tracker:
             self._appearing.pop(life.running.instance, None)
         return found
 
+    async def ours(self) -> list[Life]:
+        """Return what runs, but for others' starts of configured models; `appeared` goes on to tell of those."""
+        found = await persistently(self._running, "looking at what runs", limit=2 * CALL_SECONDS)
+        ours = [life for life in found if not life.foreign]
+        for life in ours:
+            life.announced = True
+        for life in found:
+            self._announce(life)
+        return ours
+
     async def appeared(self) -> Running:
         """Return the next start by somebody else."""
         while not self._appearing:
