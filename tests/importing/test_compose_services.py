@@ -9,6 +9,7 @@ from modelswap.importing.result import CannotImport, Imported, Kind
 from tests.importing.reading import compose, noted, service
 
 VLLM = "image: vllm/vllm-openai\n"
+SGLANG = "image: lmsysorg/sglang\ncommand: sglang serve --model-path m "
 
 
 def loads(imported: Imported) -> None:
@@ -272,3 +273,69 @@ def test_a_key_of_the_wrong_kind_is_named(lines: str, key: str) -> None:
     with pytest.raises(CannotImport) as raised:
         service(VLLM + lines if "image" not in lines else lines)
     assert str(raised.value).startswith(f"{key}:")
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (SGLANG + "--max-running-requests 8", {"concurrency": 8}),
+        (SGLANG + "--is-embedding", {"canary": "embedding"}),
+        (SGLANG + "--port 9", {"port": 9}),
+        (SGLANG + "--device cpu", {"device": "none"}),
+        (
+            SGLANG + "--enable-memory-saver --enable-weights-cpu-backup",
+            {"sleep": "on"},
+        ),
+        (SGLANG + "--enable-memory-saver", {}),
+        (VLLM + "command: --model m --enable-sleep-mode\nenvironment: {VLLM_SERVER_DEV_MODE: 1}", {"sleep": "on"}),
+        (VLLM + "command: --model m --enable-sleep-mode", {}),
+        (VLLM + "command: --model m --task score", {"canary": "none"}),
+        (VLLM + "command: --model m --runner pooling --convert classify", {"canary": "none"}),
+        (VLLM + "command: --model m --runner pooling", {"canary": "embedding"}),
+    ],
+)
+def test_what_modelswap_must_know_of_an_adopted_engine(lines: str, expected: dict[str, object]) -> None:
+    """It can't read somebody else's arguments, so what they say is written down."""
+    model, imported = service(lines)
+    kind = "sglang" if "sglang" in lines else "vllm"
+    assert model == {"engine": kind, "model": "m", "aliases": ["m"], "compose_service": "llm", **expected}
+    loads(imported)
+
+
+def test_a_share_of_the_gpu_is_asked_about() -> None:
+    """SGLang's is told like vLLM's, and both count for what fits together."""
+    imported = compose(
+        "services:\n"
+        "  a: {image: lmsysorg/sglang, command: sglang serve --model-path org/a --mem-fraction-static 0.4, gpus: all}\n"
+        "  b: {image: vllm/vllm-openai, command: --model org/b --gpu-memory-utilization 0.5, gpus: all}\n"
+    )
+    assert noted(imported, Kind.ACTION, "services.a.command", "40%")
+    assert noted(imported, Kind.CHANGED, "services", "a, b fit onto the GPU together")
+
+
+def test_a_reranker_of_vllm_is_not_asked_for_an_embedding() -> None:
+    """Its engine would ask it for one, and it would never be ready."""
+    model, imported = service(VLLM + "command: --model org/m --task score", manage=True)
+    assert model["canary"] == "none"
+    loads(imported)
+
+
+@pytest.mark.parametrize(
+    ("lines", "env"),
+    [
+        (
+            "image: ghcr.io/huggingface/text-generation-inference:3\nenvironment: {MODEL_ID: org/m, PORT: 3000}",
+            {"MODEL_ID": "org/m", "PORT": "3000"},
+        ),
+        ("image: ollama/ollama\nenvironment: ['OLLAMA_HOST=0.0.0.0:1234']", {"OLLAMA_HOST": "0.0.0.0:1234"}),
+        (
+            "image: x\ncommand: sh -c 'llama-server'\nenvironment: {LLAMA_ARG_MODEL: /m.gguf, LLAMA_API_KEY: k}",
+            {"LLAMA_ARG_MODEL": "/m.gguf", "LLAMA_API_KEY": "${LLAMA_API_KEY}"},
+        ),
+    ],
+)
+def test_what_is_started_as_it_was_keeps_its_environment(lines: str, env: dict[str, str]) -> None:
+    """Nobody else tells it its model, port and key."""
+    model, imported = service(lines, manage=True)
+    assert (model["engine"], model["env"]) == ("custom", env)
+    loads(imported)

@@ -75,9 +75,14 @@ LLAMA = "ghcr.io/ggml-org/llama.cpp:server"
         (
             "x",
             "python3 -m sglang.launch_server --model-path m --port 30001",
-            {"kind": "sglang", "model": "m", "port": 30001},
+            {"kind": "sglang", "model": "m", "port": 30001, "args": ()},
         ),
         ("lmsysorg/sglang", "sglang serve --model m --served-model-name s", {"kind": "sglang", "names": ("s",)}),
+        (
+            "lmsysorg/sglang",
+            "python -m sglang.launch_server --model-path=org/m --host 0.0.0.0 --tp 2 --api-key k",
+            {"model": "org/m", "key": "k", "args": ("--tp", "2", "--api-key", "k")},
+        ),
         ("x", "text-generation-launcher --model-id m -p 8081", {"kind": "tgi", "model": "m", "port": 8081}),
         ("ollama/ollama", "", {"kind": "ollama", "many": True, "port": None}),
         ("x", "ollama serve", {"kind": "ollama"}),

@@ -18,7 +18,13 @@ _GPU_VARIABLES: Final = frozenset({"NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPA
 _SECRET_OPTIONS: Final = re.compile(
     r"--(?:api-key|hf-token|huggingface-token|token|admin-api-key)(?:=(?P<value>.*))?|-hft"
 )
-_USUAL_SHARE: Final = 0.85
+_SLOTS: Final = {"vllm": "--max-num-seqs", "sglang": "--max-running-requests"}
+SHARES: Final = {"vllm": ("--gpu-memory-utilization", 0.85), "sglang": ("--mem-fraction-static", 0.75)}
+"""The option that says a share of the GPU, and how much of it is no reason to speak about it."""
+_SLEEP: Final = {
+    "vllm": ("--enable-sleep-mode",),
+    "sglang": ("--enable-memory-saver", "--enable-weights-cpu-backup"),
+}
 _ON_GPU: Final = re.compile(r"cuda|rocm|vulkan|intel|musa|sycl|gpu|hip|openvino")
 
 
@@ -52,28 +58,59 @@ def adopted(service: Service, server: Server, context: Context) -> dict[str, Any
         model["port"] = port
     if facts.engine == "custom":
         model["ready"] = facts.ready
-    options = Options(server.args)
-    if server.kind == "vllm":
-        if (slots := options.peek("--max-num-seqs")) and slots.isdigit():
-            model["concurrency"] = int(slots)
-        if options.peek("--runner") == "pooling" or options.peek("--task") in ("embed", "embedding"):
-            model["canary"] = "embedding"
-        _share(options, context)
-    elif server.kind == "llamacpp":
-        if options.has("--rerank", "--reranking"):
-            model["canary"] = "none"
-        elif options.has("--embedding", "--embeddings"):
-            model["canary"] = "embedding"
+    _tell(model, server, service, context)
     _finish(model, service, server, context)
     return model
 
 
-def _share(options: Options, context: Context) -> None:
-    share = options.peek("--gpu-memory-utilization")
-    # Somewhat less than vLLM's own 0.92 makes no difference to an otherwise free GPU.
-    if share and re.fullmatch(r"0?\.\d+", share) and float(share) < _USUAL_SHARE:
+def _tell(model: dict[str, Any], server: Server, service: Service, context: Context) -> None:
+    """Say of somebody else's container what modelswap would otherwise read in the engine's arguments."""
+    options = Options(server.args)
+    if server.kind in _SLOTS and (slots := options.peek(_SLOTS[server.kind])) and slots.isdigit():
+        model["concurrency"] = int(slots)
+    if (canary := _canary(server)) is not None:
+        model["canary"] = canary
+    if server.kind in SHARES:
+        _share(options, *SHARES[server.kind], context)
+    develops = server.kind == "sglang" or service.env.get("VLLM_SERVER_DEV_MODE") in ("1", "true", "True")
+    if (
+        server.kind in _SLEEP
+        and develops
+        and all(options.has(flag) for flag in _SLEEP[server.kind])
+        and (not without_gpu(service, server))
+    ):
+        model["sleep"] = "on"
+
+
+def _canary(server: Server) -> str | None:
+    """Return the request that its arguments say it can answer; None where it makes text."""
+    options = Options(server.args)
+    match server.kind:
+        case "vllm" if ranks(server):
+            return "none"
+        case "vllm" if options.peek("--runner") == "pooling" or options.peek("--task") in ("embed", "embedding"):
+            return "embedding"
+        case "llamacpp" if options.has("--rerank", "--reranking"):
+            return "none"
+        case "llamacpp" if options.has("--embedding", "--embeddings"):
+            return "embedding"
+        case "sglang" if options.has("--is-embedding"):
+            return "embedding"
+    return None
+
+
+def ranks(server: Server) -> bool:
+    """Return whether its arguments make vLLM serve a reranker or a classifier, which answers none of our canaries."""
+    options = Options(server.args)
+    said = {options.peek("--task"), options.peek("--convert")}
+    return server.kind == "vllm" and not said.isdisjoint({"classify", "score", "reward"})
+
+
+def _share(options: Options, option: str, usual: float, context: Context) -> None:
+    share = options.peek(option)
+    if share and re.fullmatch(r"0?\.\d+", share) and float(share) < usual:
         percent = f"{float(share):.0%}"
-        text = f"it takes {percent} of the GPU; say how much that is, e.g. memory: 20GiB, or 92% must be free"
+        text = f"it takes {percent} of the GPU; say how much that is, e.g. memory: 20GiB, or all of it must be free"
         context.note(Kind.ACTION, text, "command")
 
 
@@ -91,18 +128,19 @@ def managed(service: Service, server: Server, context: Context) -> dict[str, Any
         if server.program:
             model["entrypoint"] = list(server.program)
         model["args"] = hidden(list(server.args), service.name, server.facts.key, context)
+        if ranks(server):
+            model["canary"] = "none"
         _own_options(server, context)
     else:
         _as_it_was(model, service, server, context)
-    model["env"] = environment(service, server, context)
+    # What the engine is told by other means; one that is started as it was needs all of it.
+    model["env"] = environment(service, server, context, without=server.env if plain else frozenset())
     model["volumes"] = [f"{each.source}:{each.target}{':ro' * each.read_only}" for each in service.volumes]
     model |= _gpus(service)
     for key in ("devices", "shm_size", "ipc", "ulimits", "network", "extra_hosts", "pull"):
         model[key] = getattr(service, key)
     if service.folder is not None:
         model["cwd"] = service.folder
-    if server.kind == "tgi" and "MODEL_ID" in service.env:
-        model["env"]["MODEL_ID"] = service.env["MODEL_ID"]
     _finish(model, service, server, context)
     return {key: value for key, value in model.items() if value not in (None, [], {})}
 
@@ -193,6 +231,8 @@ def without_gpu(service: Service, server: Server) -> bool:
     if server.kind == "llamacpp":
         layers = options.peek("-ngl", "--gpu-layers", "--n-gpu-layers") or service.env.get("LLAMA_ARG_N_GPU_LAYERS")
         return layers == "0" or (tag.startswith("server") and not _ON_GPU.search(tag))
+    if server.kind == "sglang":
+        return options.peek("--device") == "cpu"
     return server.kind == "vllm" and (options.peek("--device") == "cpu" or "cpu" in path.rpartition("/")[2] + tag)
 
 
@@ -214,16 +254,19 @@ def hidden(words: list[str], owner: str, key: str, context: Context) -> list[str
     return result
 
 
-def environment(service: Service, server: Server, context: Context) -> dict[str, str]:
-    """Return the container's environment without what our config has keys for; secrets are references."""
+def environment(
+    service: Service, server: Server, context: Context, without: frozenset[str] = frozenset()
+) -> dict[str, str]:
+    """Return the container's environment but for ``without`` and what says GPUs; secrets are references."""
     result: dict[str, str] = {}
     for name, value in service.env.items():
-        if name in server.env or name in _GPU_VARIABLES:
+        if name in without or name in _GPU_VARIABLES:
             continue
         if value is None:
             result[name] = f"${{{name}:-}}"
         elif secrets.is_secret(name, value) and not secrets.references(value):
-            result[name] = context.vault.reference(name, value, service.name)
+            called = server.facts.key if value == server.key else name
+            result[name] = context.vault.reference(called, value, service.name)
             given = secrets.references(result[name])[0][0]
             where = (context.env_key, name) if context.env_key == "environment" else (context.env_key,)
             context.note(Kind.ACTION, f"put {name} into the environment as {given}; it is not copied", *where)

@@ -1,8 +1,8 @@
 """Which LLM server a command line or an image is, and what its options say.
 
-Facts about programs that have an engine of their own here are in `engines.vllm` and `engines.llamacpp`. The others:
+Facts about programs that have an engine of their own here are in `engines.vllm`, `engines.llamacpp` and
+`engines.sglang`. The others:
 
-- SGLang (``sglang.launch_server``, ``sglang serve``): ``--model-path``, ``--served-model-name``, port 30000.
 - TGI (``text-generation-launcher``): ``--model-id`` or ``MODEL_ID``, ``--hostname``, ``--port`` or ``PORT`` (80 in its
   image), answers to any model name.
 - Ollama (``ollama serve``): port 11434, one server for many models; ``/api/version`` answers once it is up.
@@ -34,7 +34,7 @@ class Facts(msgspec.Struct, frozen=True):
 FACTS: Final[dict[str, Facts]] = {
     "vllm": Facts("vLLM", "vllm", 8000, key="VLLM_API_KEY"),
     "llamacpp": Facts("llama.cpp", "llamacpp", 8080, key="LLAMA_API_KEY"),
-    "sglang": Facts("SGLang", "custom", 30000, key="SGLANG_API_KEY"),
+    "sglang": Facts("SGLang", "sglang", 30000, key="SGLANG_API_KEY"),
     "tgi": Facts("TGI", "custom", 80, key="TGI_API_KEY"),
     "other": Facts("another server", "custom", 8000),
     "ollama": Facts("Ollama", "custom", 11434, ready="/api/version", key="OLLAMA_API_KEY"),
@@ -197,12 +197,18 @@ def _llamacpp(options: Options, env: _Env) -> Server:
 def _sglang(options: Options, env: _Env) -> Server:
     model = options.first() if options.words[:1] and "/" in options.words[0] else None
     model = options.value("--model-path", "--model") or model
+    options.value("--host")
+    names = _names([options.value("--served-model-name") or ""])
+    port = _port(options.value("--port"))
+    # Stays: it can't be told its key in any other way.
+    key = options.peek("--api-key")
     return Server(
         kind="sglang",
         model=_known(model),
-        names=_names([options.value("--served-model-name") or ""]),
-        port=_port(options.value("--port")),
-        key=options.value("--api-key"),
+        names=names,
+        port=port,
+        key=key,
+        args=tuple(options.words),
         env=frozenset(env.found),
     )
 
