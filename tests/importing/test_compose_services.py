@@ -34,6 +34,9 @@ def test_an_unnamed_model_goes_by_its_service_and_its_id() -> None:
         ("deploy: {resources: {reservations: {devices: [{driver: nvidia, count: all, capabilities: [gpu]}]}}}", "all"),
         ("runtime: nvidia", "all"),
         ("runtime: nvidia\nenvironment: {NVIDIA_VISIBLE_DEVICES: '0,2'}", ["0", "2"]),
+        ("runtime: nvidia\nenvironment: {NVIDIA_VISIBLE_DEVICES: none}", None),
+        ("environment: {NVIDIA_VISIBLE_DEVICES: '0,2'}", ["0", "2"]),
+        ("gpus: all\nenvironment: {CUDA_VISIBLE_DEVICES: '1,2'}", ["1", "2"]),
         ("", None),
     ],
 )
@@ -80,6 +83,7 @@ def test_models_that_share_a_gpu_are_told_so() -> None:
     [
         ("image: ghcr.io/ggml-org/llama.cpp:server\ncommand: -m /m.gguf", "none"),
         ("image: ghcr.io/ggml-org/llama.cpp:server-cuda\ncommand: -m /m.gguf -ngl 0", "none"),
+        (VLLM + "command: --model org/m\ngpus: all\nenvironment: {CUDA_VISIBLE_DEVICES: ''}", "none"),
         ("image: ghcr.io/ggml-org/llama.cpp:server-vulkan\ncommand: -m /m.gguf\ndevices: [/dev/dri]", None),
         ("image: vllm/vllm-openai-cpu:latest\ncommand: --model org/m", "none"),
         ("image: vllm/vllm-openai:latest\ncommand: --model org/m", None),
@@ -339,3 +343,91 @@ def test_what_is_started_as_it_was_keeps_its_environment(lines: str, env: dict[s
     model, imported = service(lines, manage=True)
     assert (model["engine"], model["env"]) == ("custom", env)
     loads(imported)
+
+
+def test_the_gpu_that_a_process_sees_is_the_device() -> None:
+    """A container that is given all GPUs and told to use one of them is on that one."""
+    one = "image: vllm/vllm-openai, command: --model org/a, gpus: all, environment: [CUDA_VISIBLE_DEVICES=1]"
+    adopted, managed = (compose(f"services: {{a: {{{one}}}}}", manage=manage) for manage in (False, True))
+    assert adopted.config["device"] == managed.config["device"] == {"index": 1}
+    # modelswap gives it the one: it would look for a second there.
+    assert "env" not in managed.config["models"]["a"]
+    loads(managed)
+
+
+@pytest.mark.parametrize("manage", [False, True])
+def test_adapters_keep_their_names(*, manage: bool) -> None:
+    """Requests that name a LoRA adapter still reach it; a name that is taken is told."""
+    imported = compose(
+        "services:\n"
+        "  a:\n    image: vllm/vllm-openai\n"
+        '    command: [--model, org/a, --lora-modules, sql=/l/sql, \'{"name": "chat", "path": "/l"}\', b=/l/b]\n'
+        "  b: {image: vllm/vllm-openai, command: --model org/b}\n",
+        manage=manage,
+    )
+    assert imported.config["models"]["a"]["adapters"] == ["sql", "chat"]
+    assert noted(imported, Kind.LOST, "services.a", "the name 'b' belongs to services.b")
+    loads(imported)
+
+
+@pytest.mark.parametrize("manage", [False, True])
+@pytest.mark.parametrize(
+    ("variable", "canary"), [("LLAMA_ARG_EMBEDDINGS", "embedding"), ("LLAMA_ARG_RERANKING", "none")]
+)
+def test_what_llama_cpp_is_told_by_variables(variable: str, canary: str, *, manage: bool) -> None:
+    """An embedder is asked for an embedding, also where its arguments don't say that it is one."""
+    model, imported = service(
+        f"image: ggml-org/llama.cpp:server\nenvironment: {{LLAMA_ARG_MODEL: /m.gguf, {variable}: true}}", manage=manage
+    )
+    assert model["canary"] == canary
+    loads(imported)
+
+
+@pytest.mark.parametrize(
+    ("lines", "port"),
+    [
+        (VLLM + "ports: ['8005:8006']", 8006),
+        (VLLM + "command: bash -c 'vllm serve org/m --port $$PORT'\nexpose: [8009]", 8009),
+        (VLLM + "command: --model org/m\nports: ['9000:9000']", None),
+        (VLLM + "ports: ['8005:8000', '9000:9000']", None),
+    ],
+)
+def test_a_port_that_the_command_does_not_tell(lines: str, port: int | None) -> None:
+    """Where an image or a shell says it, what is published tells more than what is usual."""
+    model, _ = service(lines)
+    assert model.get("port") == port
+
+
+def test_a_service_to_extend_is_no_model() -> None:
+    """One that names no model and that others are made of is left alone."""
+    imported = compose(
+        "services:\n"
+        "  base: {image: vllm/vllm-openai, gpus: all}\n"
+        "  a: {extends: base, command: --model org/a}\n"
+        "  b: {extends: {service: a}, command: --model org/b}\n"
+    )
+    assert list(imported.config["models"]) == ["a", "b"]
+
+
+@pytest.mark.parametrize(("line", "key"), [("scale: 0", "scale"), ("deploy: {replicas: 0}", "deploy.replicas")])
+def test_no_replicas_are_no_container(line: str, key: str) -> None:
+    """Compose would create none, and there would be nothing to adopt."""
+    _, imported = service(VLLM + f"command: --model org/m\n{line}")
+    assert noted(imported, Kind.ACTION, f"services.llm.{key}", "makes no container")
+
+
+def test_what_ollama_is_told_to_pull_over_http_is_known() -> None:
+    """Who pulls with curl names the model in JSON."""
+    imported = compose(
+        "services:\n"
+        "  ollama: {image: ollama/ollama, gpus: all}\n"
+        "  pull:\n    image: curlimages/curl\n"
+        '    command: curl http://ollama:11434/api/pull -d \'{"name":"llama3.2:3b"}\'\n'
+    )
+    assert imported.config["models"]["ollama"]["adapters"] == ["llama3.2:3b"]
+
+
+def test_a_line_may_end_in_a_backslash() -> None:
+    """It goes on in the next one, as in a shell."""
+    model, _ = service(VLLM + "command: |\n  --model org/m \\\n  --max-num-seqs 4 \\\n  --port 8001")
+    assert (model["model"], model["concurrency"], model["port"]) == ("org/m", 4, 8001)

@@ -59,6 +59,7 @@ def adopted(service: Service, server: Server, context: Context) -> dict[str, Any
     if facts.engine == "custom":
         model["ready"] = facts.ready
     _tell(model, server, service, context)
+    model["adapters"] = list(server.adapters)
     _finish(model, service, server, context)
     return model
 
@@ -68,7 +69,7 @@ def _tell(model: dict[str, Any], server: Server, service: Service, context: Cont
     options = Options(server.args)
     if server.kind in _SLOTS and (slots := options.peek(_SLOTS[server.kind])) and slots.isdigit():
         model["concurrency"] = int(slots)
-    if (canary := _canary(server)) is not None:
+    if (canary := _canary(server, service)) is not None:
         model["canary"] = canary
     if server.kind in SHARES:
         _share(options, *SHARES[server.kind], context)
@@ -82,17 +83,22 @@ def _tell(model: dict[str, Any], server: Server, service: Service, context: Cont
         model["sleep"] = "on"
 
 
-def _canary(server: Server) -> str | None:
-    """Return the request that its arguments say it can answer; None where it makes text."""
+def _canary(server: Server, service: Service | None = None) -> str | None:
+    """Return the request that its arguments and its environment say it can answer; None where it makes text."""
     options = Options(server.args)
+
+    def told(variable: str) -> bool:
+        value = service.env.get(variable) if service is not None else None
+        return value is not None and value.lower() in ("1", "true", "on", "enabled")
+
     match server.kind:
         case "vllm" if ranks(server):
             return "none"
         case "vllm" if options.peek("--runner") == "pooling" or options.peek("--task") in ("embed", "embedding"):
             return "embedding"
-        case "llamacpp" if options.has("--rerank", "--reranking"):
+        case "llamacpp" if options.has("--rerank", "--reranking") or told("LLAMA_ARG_RERANKING"):
             return "none"
-        case "llamacpp" if options.has("--embedding", "--embeddings"):
+        case "llamacpp" if options.has("--embedding", "--embeddings") or told("LLAMA_ARG_EMBEDDINGS"):
             return "embedding"
         case "sglang" if options.has("--is-embedding"):
             return "embedding"
@@ -128,8 +134,11 @@ def managed(service: Service, server: Server, context: Context) -> dict[str, Any
         if server.program:
             model["entrypoint"] = list(server.program)
         model["args"] = hidden(list(server.args), service.name, server.facts.key, context)
+        model["adapters"] = list(server.adapters)
         if ranks(server):
             model["canary"] = "none"
+        elif server.kind == "llamacpp" and (canary := _canary(server, service)) and _canary(server) is None:
+            model["canary"] = canary
         _own_options(server, context)
     else:
         _as_it_was(model, service, server, context)
@@ -137,6 +146,9 @@ def managed(service: Service, server: Server, context: Context) -> dict[str, Any
     model["env"] = environment(service, server, context, without=server.env if plain else frozenset())
     model["volumes"] = [f"{each.source}:{each.target}{':ro' * each.read_only}" for each in service.volumes]
     model |= _gpus(service)
+    if service.chosen is not None and service.gpus == "all":
+        model["gpus"] = service.chosen
+        model["env"].pop("CUDA_VISIBLE_DEVICES")
     for key in ("devices", "shm_size", "ipc", "ulimits", "network", "extra_hosts", "pull"):
         model[key] = getattr(service, key)
     if service.folder is not None:
@@ -219,11 +231,15 @@ def inner_port(service: Service, server: Server) -> int:
         return server.port
     usual = server.facts.port
     targets = [port.target for port in service.ports] + service.exposed
-    return usual if usual in targets or not targets or server.facts.engine != "custom" else targets[0]
+    # Where it listens that an image or a shell starts is for them to know.
+    told = server.facts.engine != "custom" and server.model is not None and not server.in_shell
+    return usual if usual in targets or not targets or told else targets[0]
 
 
 def without_gpu(service: Service, server: Server) -> bool:
     """Return whether it can be told that the server uses no GPU."""
+    if service.sees_no_gpu:
+        return True
     if service.gpus is not None or service.devices:
         return False
     options = Options(server.args)

@@ -55,6 +55,7 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
     args: tuple[str, ...] = ()
     model: str | None = None
     names: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
     port: int | None = None
     key: str | None = None
     env: frozenset[str] = frozenset()
@@ -79,6 +80,8 @@ def recognise(image: str, entrypoint: Sequence[str], command: Sequence[str], env
         return None
     if commands is not None:
         return _read(kind, [], [], env, in_shell=True)
+    if kind == "vllm" and not entrypoint and command[:1] == ["serve"]:
+        return _read(kind, ["vllm", "serve"], list(command[1:]), env)
     return _read(kind, list(entrypoint), list(command), env)
 
 
@@ -95,7 +98,8 @@ def by_image(image: str) -> Kind | None:
     if repository == "ollama":
         return "ollama"
     if "llama-server" in repository or (
-        re.fullmatch(r"(?:ik_)?llama[._-]?cpp.*", repository) and re.match(r"server|full|\Z|latest", tag)
+        re.fullmatch(r"(?:ik[._-])?llama[._-]?cpp(?!.*python).*", repository)
+        and re.match(r"server|full|\Z|latest", tag)
     ):
         return "llamacpp"
     return "vllm" if re.search(r"(?:^|[-_])vllm(?:$|[-_])", repository) else None
@@ -163,6 +167,7 @@ def _vllm(options: Options, env: _Env) -> Server:
         kind="vllm",
         model=_known(model),
         names=_names(names),
+        adapters=_adapters(options),
         port=port,
         key=key,
         args=tuple(options.words),
@@ -230,6 +235,13 @@ def _ollama(options: Options, env: _Env) -> Server:
 
 def _names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for each in names if _known(name := each.strip())))
+
+
+def _adapters(options: Options) -> tuple[str, ...]:
+    """Return the names in ``--lora-modules``: ``name=path``, or JSON with a ``name``."""
+    modules = Options(options.words).values("--lora-modules")
+    json = r'\{.*"name"\s*:\s*"([^"]+)".*\}'
+    return _names([found[1] if (found := re.fullmatch(json, each)) else each.partition("=")[0] for each in modules])
 
 
 def _known(text: str | None) -> str | None:

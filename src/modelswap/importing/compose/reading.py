@@ -95,9 +95,12 @@ def _read_gpus(service: Service, section: Section) -> None:
             [str(each) for each in ids] if isinstance(ids, list) else int(count) if count.isdigit() else "all"
         )
     runtime = section.text("runtime")
-    if runtime == "nvidia" and service.gpus is None:
-        visible = service.env.get("NVIDIA_VISIBLE_DEVICES") or "all"
-        service.gpus = "all" if visible == "all" else [each.strip() for each in visible.split(",")]
+    visible = service.env.get("NVIDIA_VISIBLE_DEVICES")
+    # Without `runtime: nvidia` the variable does what it says where that is Docker's default.
+    if service.gpus is None and (runtime == "nvidia" or (visible and runtime is None)):
+        visible = visible or "all"
+        if visible not in ("none", "void"):
+            service.gpus = "all" if visible == "all" else [each.strip() for each in visible.split(",")]
     elif runtime not in (None, "nvidia"):
         service.lost.append(("runtime", f"containers of ours can't have the runtime {runtime}"))
 

@@ -23,7 +23,7 @@ def look(found: Services, document: Document, imported: Imported, *, manage: boo
     on_gpu = {
         name: service for name, (service, server, _) in found.items() if not containers.without_gpu(service, server)
     }
-    gpus = {name: service.gpus if isinstance(service.gpus, list) else None for name, service in on_gpu.items()}
+    gpus = {name: _said(service) for name, service in on_gpu.items()}
     if device.choose(gpus, "services", imported):
         # That is what `gpus: auto` means.
         for model in imported.config["models"].values():
@@ -33,6 +33,12 @@ def look(found: Services, document: Document, imported: Imported, *, manage: boo
         models = imported.config["models"].values()
         _hf_cache(models, imported)
         _network(models, imported)
+
+
+def _said(service: Service) -> list[str] | None:
+    if isinstance(service.gpus, list):
+        return service.gpus
+    return service.chosen if service.gpus == "all" else None
 
 
 def _side_by_side(found: Services, on_gpu: Mapping[str, Service], imported: Imported) -> None:

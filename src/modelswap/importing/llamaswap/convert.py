@@ -69,6 +69,7 @@ def _models(root: Section, context: Context) -> dict[str, str]:
             continue
         model = taken.model
         model["aliases"] = names.aliases(called[name], _aliases(section, macros, context), section.key("aliases"))
+        model["adapters"] = names.aliases(called[name], model.get("adapters", []), section.key("cmd"))
         _settings(model, section, root, macros, context)
         _account(section, own, macros, context)
         imported.add(Found(called[name], taken.title, taken.loads, taken.host), model)

@@ -130,6 +130,7 @@ def _engine(server: Server, env: dict[str, str], ready: str, context: Context) -
     owner = context.key.rpartition(".")[2]
     model["args"] = containers.hidden(list(server.args), owner, facts.key, context)
     model["env"] = _secretless({key: value for key, value in env.items() if key not in server.env}, context)
+    model["adapters"] = list(server.adapters)
     if containers.ranks(server):
         model["canary"] = "none"
     if server.key:
