@@ -92,6 +92,21 @@ def test_commands_may_have_comments_quotes_and_line_ends() -> None:
     assert (found["model"], found["args"]) == ("/models/a b.gguf", ["--chat-template", "it's"])
 
 
+def test_a_comment_may_name_a_macro_of_several_lines() -> None:
+    """Comments are gone before macros are filled in, so that no line of one is left; a macro may have comments, too."""
+    found, _ = model(
+        "cmd: |\n  # ${server} is defined above\n  ${server}\n  -m /m.gguf",
+        "macros:\n  server: |\n    # the latest\n    /opt/llama-server\n    --port ${PORT}\n",
+    )
+    assert (found["program"], found.get("args")) == (["/opt/llama-server"], None)
+
+
+def test_notes_on_a_container_name_keys_that_are_there() -> None:
+    """What is said of its command line is said of cmd."""
+    _, imported = model("cmd: docker run -p ${PORT}:8000 vllm/vllm-openai --model org/m --port 8000 --api-key k")
+    assert {note.key for note in imported.notes} == {"models.m.cmd", "models.m"}
+
+
 def test_windows_paths_keep_their_backslashes() -> None:
     """On Windows a backslash is part of a path."""
     found, _ = model(r"cmd: C:\llama\llama-server.exe -m D:\models\m.gguf --port ${PORT}")

@@ -32,12 +32,13 @@ _ON_GPU: Final = re.compile(r"cuda|rocm|vulkan|intel|musa|sycl|gpu|hip|openvino"
 class Context:
     """What a conversion writes to: the outcome, and the names of secrets. ``key`` is the service's key.
 
-    ``env_key`` is the key within it that says the environment.
+    ``command_key`` and ``env_key`` are the keys within it that say its command line and its environment.
     """
 
     imported: Imported
     vault: Vault = field(default_factory=Vault)
     key: str = ""
+    command_key: str = "command"
     env_key: str = "environment"
 
     def note(self, kind: Kind, text: str, *parts: str) -> None:
@@ -52,7 +53,7 @@ def adopted(service: Service, server: Server, context: Context) -> dict[str, Any
     if (name := served_name(server)) is not None:
         model["model"] = name
     elif not server.many and server.kind != "tgi":
-        context.note(Kind.ACTION, "say model: the name that it serves (its /v1/models tells)", "command")
+        context.note(Kind.ACTION, "say model: the name that it serves (its /v1/models tells)", context.command_key)
     port = inner_port(service, server)
     if facts.engine == "custom" or port != facts.port:
         model["port"] = port
@@ -117,7 +118,7 @@ def _share(options: Options, option: str, usual: float, context: Context) -> Non
     if share and re.fullmatch(r"0?\.\d+", share) and float(share) < usual:
         percent = f"{float(share):.0%}"
         text = f"it takes {percent} of the GPU; say how much that is, e.g. memory: 20GiB, or all of it must be free"
-        context.note(Kind.ACTION, text, "command")
+        context.note(Kind.ACTION, text, context.command_key)
 
 
 def managed(service: Service, server: Server, context: Context) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def _own_options(server: Server, context: Context) -> None:
     words = Options(server.words)
     for option in ("--host", "--port", "--served-model-name", "--alias", "-a"):
         if words.peek(option):
-            context.note(Kind.CHANGED, "modelswap sets host, port and names itself", "command")
+            context.note(Kind.CHANGED, "modelswap sets host, port and names itself", context.command_key)
 
 
 def _as_it_was(model: dict[str, Any], service: Service, server: Server, context: Context) -> None:
@@ -184,7 +185,7 @@ def _as_it_was(model: dict[str, Any], service: Service, server: Server, context:
             "a shell starts it" if server.in_shell else "it serves many models" if server.many else "it names no model"
         )
         text = f"{why}, so it is carried over as it is (engine: custom), without what modelswap knows of {facts.title}"
-        context.note(Kind.CHANGED, text, "command")
+        context.note(Kind.CHANGED, text, context.command_key)
 
 
 def _placed(words: list[str], option: str, place: str) -> list[str]:
@@ -203,7 +204,7 @@ def _finish(model: dict[str, Any], service: Service, server: Server, context: Co
         model["api_key"] = context.vault.reference(server.facts.key, server.key, service.name)
         if literal:
             name = secrets.references(model["api_key"])[0][0]
-            part = context.env_key if server.key in service.env.values() else "command"
+            part = context.env_key if server.key in service.env.values() else context.command_key
             context.note(Kind.ACTION, f"put the key into the environment as {name}; it is not copied", part)
     if service.grace is not None:
         model["stop_grace"] = int(service.grace) if service.grace.is_integer() else service.grace

@@ -26,7 +26,7 @@ def convert(text: str, file: str) -> Imported:
     root = Section(parse(text, file))
     _is_llama_swap(root, file)
     imported = Imported()
-    context = Context(imported, env_key="cmd")
+    context = Context(imported, command_key="cmd", env_key="cmd")
     try:
         _whole(root, _models(root, context), imported)
     except CannotImport as error:
@@ -113,7 +113,7 @@ def _settings(model: dict[str, Any], section: Section, root: Section, macros: Ma
     if grace:
         model["stop_grace"] = grace
     _ttl(model, section, root)
-    one.stop(model, macros.text(section.text("cmdStop") or ""), context)
+    one.stop(model, macros.command(section.text("cmdStop") or ""), context)
 
 
 def _ttl(model: dict[str, Any], section: Section, root: Section) -> None:

@@ -12,7 +12,7 @@ from modelswap.importing import containers, secrets, servers
 from modelswap.importing.containers import Context
 from modelswap.importing.llamaswap import dockerrun
 from modelswap.importing.llamaswap.dockerrun import DockerRun, Existing
-from modelswap.importing.llamaswap.macros import Macros
+from modelswap.importing.llamaswap.macros import Macros, without_comments
 from modelswap.importing.result import CannotImport, Kind
 from modelswap.importing.sections import Section
 from modelswap.importing.servers import Server
@@ -52,7 +52,7 @@ def take(name: str, section: Section, macros: Macros, context: Context) -> Taken
         raise CannotImport(
             f"{section.key('cmd')}: is missing", "every model of llama-swap's has one; is it its config?"
         )
-    words = _words(macros.text(command), section.key("cmd"))
+    words = _words(macros.command(command), section.key("cmd"))
     env = dict(_pair(macros.text(each)) for each in section.texts("env"))
     if words and program(words[0]) == "env":
         words = words[1:]
@@ -74,8 +74,7 @@ def take(name: str, section: Section, macros: Macros, context: Context) -> Taken
 
 
 def _words(text: str, where: str) -> list[str]:
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    joined = "\n".join(re.sub(r"\\\s*$", " ", line) for line in lines)
+    joined = "\n".join(re.sub(r"\\\s*$", " ", line) for line in without_comments(text).splitlines())
     if re.search(r"(?:^|[\s\"'])[A-Za-z]:\\", joined):
         # Windows: a backslash is part of a path there, not a quote.
         joined = joined.replace("\\", "\\\\")
