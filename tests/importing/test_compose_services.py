@@ -111,6 +111,9 @@ def test_models_without_a_gpu_run_beside(lines: str, device: str | None) -> None
         ("working_dir: /w", {"cwd": "/w"}),
         ("stop_grace_period: 1m30s", {"stop_grace": 90}),
         ("volumes: [anonymous]", {}),
+        ("devices: ['nvidia.com/gpu=all']", {"gpus": "all"}),
+        ("devices: ['nvidia.com/gpu=1', 'nvidia.com/gpu=0']", {"gpus": ["1", "0"]}),
+        ("devices: [vendor.com/net=x]", {}),
         ("volumes: ['named:/n']", {"volumes": ["stack_named:/n"]}),
         ("environment: [PASSED, GIVEN=x, EMPTY=]", {"env": {"PASSED": "${PASSED:-}", "GIVEN": "x", "EMPTY": ""}}),
         ("command: ['--model', 'org/name', '--hf-token', 'hf_0123456789']", {"args": ["--hf-token", "${HF_TOKEN}"]}),
@@ -431,3 +434,32 @@ def test_a_line_may_end_in_a_backslash() -> None:
     """It goes on in the next one, as in a shell."""
     model, _ = service(VLLM + "command: |\n  --model org/m \\\n  --max-num-seqs 4 \\\n  --port 8001")
     assert (model["model"], model["concurrency"], model["port"]) == ("org/m", 4, 8001)
+
+
+@pytest.mark.parametrize(
+    ("script", "kept"),
+    [
+        ("vllm serve org/m --api-key plain-key", "vllm serve org/m --api-key ${VLLM_API_KEY}"),
+        ("vllm serve org/m --api-key='plain-key' --port 9", "vllm serve org/m --api-key='${VLLM_API_KEY}' --port 9"),
+        ("export HF_TOKEN=plain-key; vllm serve org/m", "export HF_TOKEN=${HF_TOKEN}; vllm serve org/m"),
+        ("echo hf_0123456789abcdef >t && vllm serve org/m", "echo ${HF_TOKEN} >t && vllm serve org/m"),
+        ("vllm serve org/m --api-key $$KEY --max-model-len 9", "vllm serve org/m --api-key $KEY --max-model-len 9"),
+        ("MAX_TOKENS=100 vllm serve org/m --tokenizer x", "MAX_TOKENS=100 vllm serve org/m --tokenizer x"),
+    ],
+)
+def test_no_secret_is_copied_in_a_script(script: str, kept: str) -> None:
+    """What a shell is told holds no key either; what only looks a bit like one stays."""
+    lines = f'image: vllm/vllm-openai\nentrypoint: [bash, -c]\ncommand: ["{script}"]'
+    model, imported = service(lines, manage=True)
+    assert model["command"] == [kept]
+    assert noted(imported, Kind.ACTION, "services.llm.command", "not copied") is ("$" in kept)
+    loads(imported)
+
+
+def test_no_secret_is_copied_in_a_variable_of_options() -> None:
+    """Some images take their options as one variable."""
+    model, imported = service(
+        VLLM + "command: --model org/m\nenvironment: {EXTRA: '--api-key plain-key --x'}", manage=True
+    )
+    assert model["env"] == {"EXTRA": "--api-key ${VLLM_API_KEY} --x"}
+    assert noted(imported, Kind.ACTION, "services.llm.environment", "not copied")

@@ -107,6 +107,14 @@ def test_notes_on_a_container_name_keys_that_are_there() -> None:
     assert {note.key for note in imported.notes} == {"models.m.cmd", "models.m"}
 
 
+def test_no_secret_is_copied_in_a_script() -> None:
+    """What a shell is told holds none either."""
+    found, imported = model("cmd: bash -c 'serve --port ${PORT} --api-key plain-key'\nenv: ['ARGS=--token plain-key']")
+    assert found["command"] == ["bash", "-c", "serve --port {port} --api-key ${API_KEY}"]
+    assert found["env"] == {"ARGS": "--token ${API_KEY}"}
+    assert noted(imported, Kind.ACTION, "models.m.cmd", "API_KEY")
+
+
 def test_windows_paths_keep_their_backslashes() -> None:
     """On Windows a backslash is part of a path."""
     found, _ = model(r"cmd: C:\llama\llama-server.exe -m D:\models\m.gguf --port ${PORT}")

@@ -266,8 +266,20 @@ def hidden(words: list[str], owner: str, key: str, context: Context) -> list[str
             result[index] = f"{word.partition('=')[0]}={context.vault.reference(name, value, owner)}"
         elif result[index] == word and secrets.looks_secret(word):
             result[index] = context.vault.reference("SECRET", word, owner)
+        elif result[index] == word and re.search(r"\s", word):
+            result[index] = scrubbed(word, owner, key, context)
         if result != words:
             words = list(result)
+    return result
+
+
+def scrubbed(text: str, owner: str, key: str, context: Context, part: str = "") -> str:
+    """Return a script, or options in one text, with references for the secrets in it, and note those."""
+    result = context.vault.scrubbed(text, key, owner)
+    for name, _ in secrets.references(result):
+        if f"${{{name}}}" not in text:
+            said = f"put its secret into the environment as {name}; it is not copied"
+            context.note(Kind.ACTION, said, part or context.command_key)
     return result
 
 
@@ -288,7 +300,7 @@ def environment(
             where = (context.env_key, name) if context.env_key == "environment" else (context.env_key,)
             context.note(Kind.ACTION, f"put {name} into the environment as {given}; it is not copied", *where)
         else:
-            result[name] = value
+            result[name] = scrubbed(value, service.name, server.facts.key, context, context.env_key)
     return result
 
 

@@ -22,7 +22,7 @@ def read_service(name: str, section: Section, env_file: Callable[[str], Mapping[
     service.exposed = [int(each) for text in section.texts("expose") if (each := text.partition("/")[0]).isdigit()]
     _read_gpus(service, section)
     _read_volumes(service, section)
-    service.devices = section.texts("devices")
+    _read_devices(service, section)
     service.shm_size = size(section.text("shm_size"))
     service.ipc = section.text("ipc")
     if service.ipc is not None and service.ipc.startswith("service:"):
@@ -103,6 +103,18 @@ def _read_gpus(service: Service, section: Section) -> None:
             service.gpus = "all" if visible == "all" else [each.strip() for each in visible.split(",")]
     elif runtime not in (None, "nvidia"):
         service.lost.append(("runtime", f"containers of ours can't have the runtime {runtime}"))
+
+
+def _read_devices(service: Service, section: Section) -> None:
+    for device in section.texts("devices"):
+        kind, equals, name = device.partition("=")
+        if device.startswith(("/", "${")):
+            service.devices.append(device)
+        elif kind == "nvidia.com/gpu" and equals:
+            known = service.gpus if isinstance(service.gpus, list) else []
+            service.gpus = "all" if name == "all" or service.gpus == "all" else [*known, name]
+        else:
+            service.lost.append(("devices", f"{device} is no device file"))
 
 
 def _read_volumes(service: Service, section: Section) -> None:

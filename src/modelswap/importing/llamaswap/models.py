@@ -186,7 +186,7 @@ def _secretless(env: dict[str, str], context: Context) -> dict[str, str]:
             given = secrets.references(result[name])[0][0]
             context.note(Kind.ACTION, f"put {name} into the environment as {given}; it is not copied", "env", name)
         else:
-            result[name] = value
+            result[name] = containers.scrubbed(value, context.key.rpartition(".")[2], "API_KEY", context, "env")
     return result
 
 
