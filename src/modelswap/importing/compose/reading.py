@@ -10,6 +10,7 @@ from modelswap.importing.result import CannotImport
 from modelswap.importing.sections import Section
 from modelswap.importing.service import Port, Service, Volume, size
 from modelswap.importing.words import split
+from modelswap.spec.containers import ULIMITS
 
 
 def read_service(name: str, section: Section, env_file: Callable[[str], Mapping[str, str] | None]) -> Service:
@@ -106,7 +107,13 @@ def _read_gpus(service: Service, section: Section) -> None:
 
 
 def _read_devices(service: Service, section: Section) -> None:
-    for device in section.texts("devices"):
+    for entry in _entries(section, "devices"):
+        if isinstance(entry, dict) and "source" in entry:
+            parts = [entry.get(key) for key in ("source", "target", "permissions")]
+            entry = ":".join(str(part) for part in parts if part)
+        if not isinstance(entry, str):
+            raise CannotImport(f"{section.key('devices')}: wants a list of texts", "mend it, then import")
+        device = entry
         kind, equals, name = device.partition("=")
         if device.startswith(("/", "${")):
             service.devices.append(device)
@@ -124,6 +131,8 @@ def _read_volumes(service: Service, section: Section) -> None:
         kind, source, target = entry.get("type"), entry.get("source"), entry.get("target")
         if kind not in ("bind", "volume") or not target:
             service.lost.append(("volumes", f"a mount of type {kind} at {target}"))
+        elif not target.startswith(("/", "$")):
+            service.lost.append(("volumes", f"{target} is no folder of a container's"))
         elif not source:
             service.lost.append(("volumes", f"the nameless volume at {target}; name it to keep what is in it"))
         else:
@@ -141,7 +150,9 @@ def _ulimits(service: Service, section: Section) -> dict[str, int]:
                 service.lost.append((f"ulimits.{name}", f"soft and hard limit are one here: {limit}"))
         else:
             limit = section.whole(name)
-        if limit is not None:
+        if name not in ULIMITS:
+            service.lost.append((f"ulimits.{name}", "there is no such limit"))
+        elif limit is not None:
             result[name] = limit
     return result
 
