@@ -36,10 +36,8 @@ def test_what_comes_out_loads_and_says_the_same(name: str, *, manage: bool) -> N
     for name_, model in config.models.items():
         said = imported.config["models"][name_]
         assert model.runtime == ("managed" if manage else "adopted")
-        assert [each.replace("${SGLANG_API_KEY}", "sglang_api_key") for each in said.get("command", [])] == (
-            model.command or []
-        )
-        assert said.get("args", []) == model.args
+        assert said.get("command", []) == (model.command or [])
+        assert [each.replace("${SGLANG_API_KEY}", "sglang_api_key") for each in said.get("args", [])] == model.args
         assert said.get("gpus", "auto") == model.gpus
         assert said.get("volumes", []) == model.volumes
 

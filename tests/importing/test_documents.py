@@ -157,6 +157,7 @@ def test_the_projects_name(text: str, env: dict[str, str], expected: tuple[str, 
     [
         ("services: {}", "has no services", "compose file"),
         ("version: '3'", "has no services", "compose file"),
+        ("llm: {image: vllm/vllm-openai}", "has no services", "put llm under 'services:'"),
         ("services: [a]", "services: wants a mapping", "mend it"),
         ("services: {x: nginx}", "services.x: wants a mapping", "mend it"),
         ("models: {a: {cmd: llama-server}}", "llama-swap's config", "modelswap import llama-swap /stack/a.yaml"),

@@ -9,7 +9,6 @@ import yaml
 
 from modelswap.importing import report
 from modelswap.importing.llamaswap.convert import convert
-from modelswap.importing.llamaswap.reasons import NOT_YET
 from modelswap.importing.result import CannotImport, Imported, Kind
 from tests.importing.reading import noted, plain, text
 from tests.importing.test_compose_files import leaves, seen, without
@@ -91,6 +90,29 @@ def test_commands_may_have_comments_quotes_and_line_ends() -> None:
         "    -m '/models/a b.gguf' --chat-template \"it's\""
     )
     assert (found["model"], found["args"]) == ("/models/a b.gguf", ["--chat-template", "it's"])
+
+
+def test_a_comment_may_name_a_macro_of_several_lines() -> None:
+    """Comments are gone before macros are filled in, so that no line of one is left; a macro may have comments, too."""
+    found, _ = model(
+        "cmd: |\n  # ${server} is defined above\n  ${server}\n  -m /m.gguf",
+        "macros:\n  server: |\n    # the latest\n    /opt/llama-server\n    --port ${PORT}\n",
+    )
+    assert (found["program"], found.get("args")) == (["/opt/llama-server"], None)
+
+
+def test_notes_on_a_container_name_keys_that_are_there() -> None:
+    """What is said of its command line is said of cmd."""
+    _, imported = model("cmd: docker run -p ${PORT}:8000 vllm/vllm-openai --model org/m --port 8000 --api-key k")
+    assert {note.key for note in imported.notes} == {"models.m.cmd", "models.m"}
+
+
+def test_no_secret_is_copied_in_a_script() -> None:
+    """What a shell is told holds none either."""
+    found, imported = model("cmd: bash -c 'serve --port ${PORT} --api-key plain-key'\nenv: ['ARGS=--token plain-key']")
+    assert found["command"] == ["bash", "-c", "serve --port {port} --api-key ${API_KEY}"]
+    assert found["env"] == {"ARGS": "--token ${API_KEY}"}
+    assert noted(imported, Kind.ACTION, "models.m.cmd", "API_KEY")
 
 
 def test_windows_paths_keep_their_backslashes() -> None:
@@ -193,11 +215,86 @@ def test_settings_of_a_model(lines: str, expected: dict[str, Any]) -> None:
     assert found == {"engine": "custom", "command": ["serve", "{port}"], **expected}
 
 
-def test_unloading_when_idle_is_not_yet_carried_over() -> None:
-    """One reason for both keys, in one place."""
-    _, imported = model("cmd: serve ${PORT}\nttl: 60", "globalTTL: 300")
-    lost = {note.key for note in imported.notes if note.text == NOT_YET}
-    assert lost == {"models.m.ttl", "globalTTL"}
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("sglang serve --model-path org/m --port ${PORT} --tp 2", {"args": ["--tp", "2"]}),
+        (
+            "/v/bin/python -m sglang.launch_server --model-path /w/m --host 0.0.0.0 --port ${PORT}",
+            {"model": "/w/m", "program": ["/v/bin/python", "-m", "sglang.launch_server"]},
+        ),
+        (
+            "docker run --gpus all -p ${PORT}:30000 lmsysorg/sglang sglang serve --model-path org/m --port 30000",
+            {"image": "lmsysorg/sglang", "entrypoint": ["sglang", "serve"], "gpus": "all"},
+        ),
+    ],
+)
+def test_sglang_is_an_engine_of_ours(command: str, expected: dict[str, Any]) -> None:
+    """It is carried over like vLLM: model and options, without what modelswap sets itself."""
+    found, _ = model(f"cmd: {command}")
+    assert found == {"engine": "sglang", "model": "org/m", **expected}
+
+
+@pytest.mark.parametrize(
+    ("own", "common", "expected"),
+    [
+        ("", "", None),
+        ("ttl: 60", "", 60),
+        ("", "globalTTL: 300", 300),
+        ("ttl: 60", "globalTTL: 300", 60),
+        ("ttl: -1", "globalTTL: 300", 300),
+        ("ttl: 0", "globalTTL: 300", None),
+        ("ttl: -1", "globalTTL: 0", None),
+    ],
+)
+def test_unloading_when_idle(own: str, common: str, expected: int | None) -> None:
+    """A model's own ttl goes before the file's; 0 is never, -1 leaves it to the file."""
+    found, imported = model(f"cmd: serve ${{PORT}}\n{own}", common)
+    assert found.get("ttl") == expected
+    assert imported.notes == []
+
+
+def test_what_is_loaded_at_start() -> None:
+    """Models to be preloaded are so here, by name or alias; that only one of those with a GPU can be is told."""
+    imported = swap(
+        "models: {a: {cmd: 'x ${PORT}'}, b: {cmd: 'y ${PORT}', aliases: [bb]},"
+        " c: {cmd: 'llama-server -m /m -ngl 0 --port ${PORT}'}}\n"
+        "hooks: {on_startup: {preload: [c, bb, a, gone]}}"
+    )
+    assert [each.get("preload") for each in imported.config["models"].values()] == [True, True, True]
+    assert noted(imported, Kind.CHANGED, "hooks.on_startup.preload", "of a, b the first")
+    assert noted(imported, Kind.LOST, "hooks.on_startup.preload", "gone")
+
+
+def test_one_model_loaded_at_start_needs_no_note() -> None:
+    """It is just what modelswap does."""
+    found, imported = model("cmd: serve ${PORT}", "hooks: {on_startup: {preload: [m]}}")
+    assert found["preload"] is True
+    assert imported.notes == []
+
+
+@pytest.mark.parametrize(
+    ("stop", "command"),
+    [
+        ("kill -9 ${PID}", None),
+        ("docker stop -t 5 ${MODEL_ID}", None),
+        ("|\n    # softly\n    /opt/stop.sh ${MODEL_ID} 2", ["/opt/stop.sh", "m", "2"]),
+        ("pkill -f 'my serve'", ["pkill", "-f", "my serve"]),
+    ],
+)
+def test_a_command_that_stops(stop: str, command: list[str] | None) -> None:
+    """What modelswap does by itself is left out; anything else runs before the engine is stopped."""
+    found, imported = model(f"cmd: serve ${{PORT}}\ncmdStop: {stop}")
+    assert found.get("hooks") == (None if command is None else {"before_unload": [{"command": command}]})
+    assert noted(imported, Kind.CHANGED, "models.m.cmdStop", "before_unload") is (command is not None)
+
+
+@pytest.mark.parametrize("stop", ["curl -X POST http://localhost:${PORT}/stop", "/opt/stop.sh ${PID}"])
+def test_a_command_that_stops_by_port_or_pid_is_lost(stop: str) -> None:
+    """Hooks are told neither."""
+    found, imported = model(f"cmd: serve ${{PORT}}\ncmdStop: {stop}")
+    assert "hooks" not in found
+    assert noted(imported, Kind.LOST, "models.m.cmdStop", "neither PID nor port")
 
 
 def test_the_shortest_start_is_llama_swaps() -> None:
@@ -277,6 +374,8 @@ def test_what_people_wrote_is_kept_as_comments() -> None:
         ('models: {a: {cmd: "x \'y"}}', "models.a.cmd: can't be split", "quotes"),
         ("models: {a: b}", "models.a: wants a mapping", "mend"),
         ("models: {a: {cmd: x, ttl: 1, concurrencyLimit: many}}", "concurrencyLimit: wants a whole number", "mend"),
+        ("models: {a: {cmd: x, ttl: -2}}", "models.a.ttl: wants -1 or more, found -2", "mend"),
+        ("globalTTL: -1\nmodels: {a: {cmd: x}}", "globalTTL: wants 0 or more, found -1", "mend"),
         ("models: {a: {cmd: x, proxy: 'http://h:port'}}", "models.a.proxy: not a URL", "mend"),
         ("models: [a", "not YAML", "mend"),
     ],

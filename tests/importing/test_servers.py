@@ -23,6 +23,8 @@ from modelswap.importing.words import split
         ("ghcr.io/ggerganov/llama.cpp:full", "llamacpp"),
         ("ghcr.io/ggml-org/llama.cpp:light", None),
         ("my/llama-server:1", "llamacpp"),
+        ("ghcr.io/someone/ik-llama-cpp:server", "llamacpp"),
+        ("ghcr.io/abetlen/llama-cpp-python:latest", None),
         ("lmsysorg/sglang:v0.5.3-cu129", "sglang"),
         ("lmsysorg/sglang-router", None),
         ("ghcr.io/huggingface/text-generation-inference:3.3", "tgi"),
@@ -47,6 +49,7 @@ LLAMA = "ghcr.io/ggml-org/llama.cpp:server"
     [
         (VLLM, "--model org/m --port 9 --host 0.0.0.0", {"model": "org/m", "port": 9, "args": ()}),
         (VLLM, "org/m --dtype half", {"model": "org/m", "args": ("--dtype", "half")}),
+        (VLLM, "serve org/m --port 9", {"program": ("vllm", "serve"), "model": "org/m", "port": 9}),
         (VLLM, "--served_model_name a b --model=m", {"names": ("a", "b"), "model": "m", "args": ()}),
         (
             VLLM,
@@ -75,9 +78,14 @@ LLAMA = "ghcr.io/ggml-org/llama.cpp:server"
         (
             "x",
             "python3 -m sglang.launch_server --model-path m --port 30001",
-            {"kind": "sglang", "model": "m", "port": 30001},
+            {"kind": "sglang", "model": "m", "port": 30001, "args": ()},
         ),
         ("lmsysorg/sglang", "sglang serve --model m --served-model-name s", {"kind": "sglang", "names": ("s",)}),
+        (
+            "lmsysorg/sglang",
+            "python -m sglang.launch_server --model-path=org/m --host 0.0.0.0 --tp 2 --api-key k",
+            {"model": "org/m", "key": "k", "args": ("--tp", "2", "--api-key", "k")},
+        ),
         ("x", "text-generation-launcher --model-id m -p 8081", {"kind": "tgi", "model": "m", "port": 8081}),
         ("ollama/ollama", "", {"kind": "ollama", "many": True, "port": None}),
         ("x", "ollama serve", {"kind": "ollama"}),

@@ -18,7 +18,13 @@ _GPU_VARIABLES: Final = frozenset({"NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPA
 _SECRET_OPTIONS: Final = re.compile(
     r"--(?:api-key|hf-token|huggingface-token|token|admin-api-key)(?:=(?P<value>.*))?|-hft"
 )
-_USUAL_SHARE: Final = 0.85
+_SLOTS: Final = {"vllm": "--max-num-seqs", "sglang": "--max-running-requests"}
+SHARES: Final = {"vllm": ("--gpu-memory-utilization", 0.85), "sglang": ("--mem-fraction-static", 0.75)}
+"""The option that says a share of the GPU, and how much of it is no reason to speak about it."""
+_SLEEP: Final = {
+    "vllm": ("--enable-sleep-mode",),
+    "sglang": ("--enable-memory-saver", "--enable-weights-cpu-backup"),
+}
 _ON_GPU: Final = re.compile(r"cuda|rocm|vulkan|intel|musa|sycl|gpu|hip|openvino")
 
 
@@ -26,12 +32,13 @@ _ON_GPU: Final = re.compile(r"cuda|rocm|vulkan|intel|musa|sycl|gpu|hip|openvino"
 class Context:
     """What a conversion writes to: the outcome, and the names of secrets. ``key`` is the service's key.
 
-    ``env_key`` is the key within it that says the environment.
+    ``command_key`` and ``env_key`` are the keys within it that say its command line and its environment.
     """
 
     imported: Imported
     vault: Vault = field(default_factory=Vault)
     key: str = ""
+    command_key: str = "command"
     env_key: str = "environment"
 
     def note(self, kind: Kind, text: str, *parts: str) -> None:
@@ -46,35 +53,72 @@ def adopted(service: Service, server: Server, context: Context) -> dict[str, Any
     if (name := served_name(server)) is not None:
         model["model"] = name
     elif not server.many and server.kind != "tgi":
-        context.note(Kind.ACTION, "say model: the name that it serves (its /v1/models tells)", "command")
+        context.note(Kind.ACTION, "say model: the name that it serves (its /v1/models tells)", context.command_key)
     port = inner_port(service, server)
     if facts.engine == "custom" or port != facts.port:
         model["port"] = port
     if facts.engine == "custom":
         model["ready"] = facts.ready
-    options = Options(server.args)
-    if server.kind == "vllm":
-        if (slots := options.peek("--max-num-seqs")) and slots.isdigit():
-            model["concurrency"] = int(slots)
-        if options.peek("--runner") == "pooling" or options.peek("--task") in ("embed", "embedding"):
-            model["canary"] = "embedding"
-        _share(options, context)
-    elif server.kind == "llamacpp":
-        if options.has("--rerank", "--reranking"):
-            model["canary"] = "none"
-        elif options.has("--embedding", "--embeddings"):
-            model["canary"] = "embedding"
+    _tell(model, server, service, context)
+    model["adapters"] = list(server.adapters)
     _finish(model, service, server, context)
     return model
 
 
-def _share(options: Options, context: Context) -> None:
-    share = options.peek("--gpu-memory-utilization")
-    # Somewhat less than vLLM's own 0.92 makes no difference to an otherwise free GPU.
-    if share and re.fullmatch(r"0?\.\d+", share) and float(share) < _USUAL_SHARE:
+def _tell(model: dict[str, Any], server: Server, service: Service, context: Context) -> None:
+    """Say of somebody else's container what modelswap would otherwise read in the engine's arguments."""
+    options = Options(server.args)
+    if server.kind in _SLOTS and (slots := options.peek(_SLOTS[server.kind])) and slots.isdigit():
+        model["concurrency"] = int(slots)
+    if (canary := _canary(server, service)) is not None:
+        model["canary"] = canary
+    if server.kind in SHARES:
+        _share(options, *SHARES[server.kind], context)
+    develops = server.kind == "sglang" or service.env.get("VLLM_SERVER_DEV_MODE") in ("1", "true", "True")
+    if (
+        server.kind in _SLEEP
+        and develops
+        and all(options.has(flag) for flag in _SLEEP[server.kind])
+        and (not without_gpu(service, server))
+    ):
+        model["sleep"] = "on"
+
+
+def _canary(server: Server, service: Service | None = None) -> str | None:
+    """Return the request that its arguments and its environment say it can answer; None where it makes text."""
+    options = Options(server.args)
+
+    def told(variable: str) -> bool:
+        value = service.env.get(variable) if service is not None else None
+        return value is not None and value.lower() in ("1", "true", "on", "enabled")
+
+    match server.kind:
+        case "vllm" if ranks(server):
+            return "none"
+        case "vllm" if options.peek("--runner") == "pooling" or options.peek("--task") in ("embed", "embedding"):
+            return "embedding"
+        case "llamacpp" if options.has("--rerank", "--reranking") or told("LLAMA_ARG_RERANKING"):
+            return "none"
+        case "llamacpp" if options.has("--embedding", "--embeddings") or told("LLAMA_ARG_EMBEDDINGS"):
+            return "embedding"
+        case "sglang" if options.has("--is-embedding"):
+            return "embedding"
+    return None
+
+
+def ranks(server: Server) -> bool:
+    """Return whether its arguments make vLLM serve a reranker or a classifier, which answers none of our canaries."""
+    options = Options(server.args)
+    said = {options.peek("--task"), options.peek("--convert")}
+    return server.kind == "vllm" and not said.isdisjoint({"classify", "score", "reward"})
+
+
+def _share(options: Options, option: str, usual: float, context: Context) -> None:
+    share = options.peek(option)
+    if share and re.fullmatch(r"0?\.\d+", share) and float(share) < usual:
         percent = f"{float(share):.0%}"
-        text = f"it takes {percent} of the GPU; say how much that is, e.g. memory: 20GiB, or 92% must be free"
-        context.note(Kind.ACTION, text, "command")
+        text = f"it takes {percent} of the GPU; say how much that is, e.g. memory: 20GiB, or all of it must be free"
+        context.note(Kind.ACTION, text, context.command_key)
 
 
 def managed(service: Service, server: Server, context: Context) -> dict[str, Any]:
@@ -91,18 +135,25 @@ def managed(service: Service, server: Server, context: Context) -> dict[str, Any
         if server.program:
             model["entrypoint"] = list(server.program)
         model["args"] = hidden(list(server.args), service.name, server.facts.key, context)
+        model["adapters"] = list(server.adapters)
+        if ranks(server):
+            model["canary"] = "none"
+        elif server.kind == "llamacpp" and (canary := _canary(server, service)) and _canary(server) is None:
+            model["canary"] = canary
         _own_options(server, context)
     else:
         _as_it_was(model, service, server, context)
-    model["env"] = environment(service, server, context)
+    # What the engine is told by other means; one that is started as it was needs all of it.
+    model["env"] = environment(service, server, context, without=server.env if plain else frozenset())
     model["volumes"] = [f"{each.source}:{each.target}{':ro' * each.read_only}" for each in service.volumes]
     model |= _gpus(service)
+    if service.chosen is not None and service.gpus == "all":
+        model["gpus"] = service.chosen
+        model["env"].pop("CUDA_VISIBLE_DEVICES")
     for key in ("devices", "shm_size", "ipc", "ulimits", "network", "extra_hosts", "pull"):
         model[key] = getattr(service, key)
     if service.folder is not None:
         model["cwd"] = service.folder
-    if server.kind == "tgi" and "MODEL_ID" in service.env:
-        model["env"]["MODEL_ID"] = service.env["MODEL_ID"]
     _finish(model, service, server, context)
     return {key: value for key, value in model.items() if value not in (None, [], {})}
 
@@ -111,7 +162,7 @@ def _own_options(server: Server, context: Context) -> None:
     words = Options(server.words)
     for option in ("--host", "--port", "--served-model-name", "--alias", "-a"):
         if words.peek(option):
-            context.note(Kind.CHANGED, "modelswap sets host, port and names itself", "command")
+            context.note(Kind.CHANGED, "modelswap sets host, port and names itself", context.command_key)
 
 
 def _as_it_was(model: dict[str, Any], service: Service, server: Server, context: Context) -> None:
@@ -134,7 +185,7 @@ def _as_it_was(model: dict[str, Any], service: Service, server: Server, context:
             "a shell starts it" if server.in_shell else "it serves many models" if server.many else "it names no model"
         )
         text = f"{why}, so it is carried over as it is (engine: custom), without what modelswap knows of {facts.title}"
-        context.note(Kind.CHANGED, text, "command")
+        context.note(Kind.CHANGED, text, context.command_key)
 
 
 def _placed(words: list[str], option: str, place: str) -> list[str]:
@@ -153,7 +204,7 @@ def _finish(model: dict[str, Any], service: Service, server: Server, context: Co
         model["api_key"] = context.vault.reference(server.facts.key, server.key, service.name)
         if literal:
             name = secrets.references(model["api_key"])[0][0]
-            part = context.env_key if server.key in service.env.values() else "command"
+            part = context.env_key if server.key in service.env.values() else context.command_key
             context.note(Kind.ACTION, f"put the key into the environment as {name}; it is not copied", part)
     if service.grace is not None:
         model["stop_grace"] = int(service.grace) if service.grace.is_integer() else service.grace
@@ -181,11 +232,15 @@ def inner_port(service: Service, server: Server) -> int:
         return server.port
     usual = server.facts.port
     targets = [port.target for port in service.ports] + service.exposed
-    return usual if usual in targets or not targets or server.facts.engine != "custom" else targets[0]
+    # Where it listens that an image or a shell starts is for them to know.
+    told = server.facts.engine != "custom" and server.model is not None and not server.in_shell
+    return usual if usual in targets or not targets or told else targets[0]
 
 
 def without_gpu(service: Service, server: Server) -> bool:
     """Return whether it can be told that the server uses no GPU."""
+    if service.sees_no_gpu:
+        return True
     if service.gpus is not None or service.devices:
         return False
     options = Options(server.args)
@@ -193,6 +248,8 @@ def without_gpu(service: Service, server: Server) -> bool:
     if server.kind == "llamacpp":
         layers = options.peek("-ngl", "--gpu-layers", "--n-gpu-layers") or service.env.get("LLAMA_ARG_N_GPU_LAYERS")
         return layers == "0" or (tag.startswith("server") and not _ON_GPU.search(tag))
+    if server.kind == "sglang":
+        return options.peek("--device") == "cpu"
     return server.kind == "vllm" and (options.peek("--device") == "cpu" or "cpu" in path.rpartition("/")[2] + tag)
 
 
@@ -209,26 +266,41 @@ def hidden(words: list[str], owner: str, key: str, context: Context) -> list[str
             result[index] = f"{word.partition('=')[0]}={context.vault.reference(name, value, owner)}"
         elif result[index] == word and secrets.looks_secret(word):
             result[index] = context.vault.reference("SECRET", word, owner)
+        elif result[index] == word and re.search(r"\s", word):
+            result[index] = scrubbed(word, owner, key, context)
         if result != words:
             words = list(result)
     return result
 
 
-def environment(service: Service, server: Server, context: Context) -> dict[str, str]:
-    """Return the container's environment without what our config has keys for; secrets are references."""
+def scrubbed(text: str, owner: str, key: str, context: Context, part: str = "") -> str:
+    """Return a script, or options in one text, with references for the secrets in it, and note those."""
+    result = context.vault.scrubbed(text, key, owner)
+    for name, _ in secrets.references(result):
+        if f"${{{name}}}" not in text:
+            said = f"put its secret into the environment as {name}; it is not copied"
+            context.note(Kind.ACTION, said, part or context.command_key)
+    return result
+
+
+def environment(
+    service: Service, server: Server, context: Context, without: frozenset[str] = frozenset()
+) -> dict[str, str]:
+    """Return the container's environment but for ``without`` and what says GPUs; secrets are references."""
     result: dict[str, str] = {}
     for name, value in service.env.items():
-        if name in server.env or name in _GPU_VARIABLES:
+        if name in without or name in _GPU_VARIABLES:
             continue
         if value is None:
             result[name] = f"${{{name}:-}}"
         elif secrets.is_secret(name, value) and not secrets.references(value):
-            result[name] = context.vault.reference(name, value, service.name)
+            called = server.facts.key if value == server.key else name
+            result[name] = context.vault.reference(called, value, service.name)
             given = secrets.references(result[name])[0][0]
             where = (context.env_key, name) if context.env_key == "environment" else (context.env_key,)
             context.note(Kind.ACTION, f"put {name} into the environment as {given}; it is not copied", *where)
         else:
-            result[name] = value
+            result[name] = scrubbed(value, service.name, server.facts.key, context, context.env_key)
     return result
 
 

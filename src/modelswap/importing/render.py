@@ -46,10 +46,23 @@ def _entry(path: tuple[str, ...], value: Any, comments: Comments) -> list[str]:
         return [*above, key, *inner]
     as_written = not _TEXTS.isdisjoint(path)
     if isinstance(value, list) and value:
-        return [*above, *_list(key, [_scalar(each, as_written=as_written) for each in value])]
+        return [*above, *_list(key, [_inline(each, as_written=as_written) for each in value])]
     if isinstance(value, (dict, list)):
         return [*above, f"{key} {'{}' if isinstance(value, dict) else '[]'}"]
     return [*above, f"{key} {_scalar(value, as_written=as_written)}"]
+
+
+def _inline(value: Any, *, as_written: bool) -> str:
+    """Return a value within a line; what is in it follows its own keys."""
+    if isinstance(value, dict):
+        inner = (
+            f"{_scalar(name, as_written=False)}: {_inline(each, as_written=as_written or name in _TEXTS)}"
+            for name, each in value.items()
+        )
+        return f"{{{', '.join(inner)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(_inline(each, as_written=as_written) for each in value)}]"
+    return _scalar(value, as_written=as_written)
 
 
 def _list(key: str, words: list[str]) -> list[str]:

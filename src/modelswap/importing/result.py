@@ -27,7 +27,7 @@ _ORDER: Final = (
 
 
 def _place(key: str) -> int:
-    return _ORDER.index(key) if key in _ORDER else len(_ORDER)
+    return _ORDER.index(key) if key in _ORDER else len(_ORDER) + (key == "hooks")
 
 
 class CannotImport(ModelswapError):

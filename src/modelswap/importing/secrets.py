@@ -12,6 +12,13 @@ _HARMLESS: Final = frozenset({"FILE", "PATH", "DIR", "MAX", "MIN", "NUM", "LIMIT
 _VALUE: Final = re.compile(
     r"(?:hf_|sk-|ghp_|glpat-|nvapi-|AKIA)[A-Za-z0-9_-]{8,}|[a-z][a-z0-9+.-]*://[^/@\s]+:[^/@\s]+@.*"
 )
+# In a script: an option or a variable with its value, or a token by itself.
+_WITHIN: Final = re.compile(
+    r"""(?P<option>--(?:[\w-]*(?:api[-_]key|password|secret)|(?:hf-|huggingface-)?token))[=\s]+["']?(?P<value>[^\s"'$;&|]+)
+    |\b(?P<name>[A-Za-z_]\w*)=["']?(?P<given>[^\s"'$;&|]+)
+    |\b(?P<token>(?:hf_|sk-|ghp_|glpat-|nvapi-|AKIA)[A-Za-z0-9_-]{8,})""",
+    re.VERBOSE,
+)
 _WHOLE: Final = re.compile(r"\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-[^}]*)?\}")
 _REFERENCE: Final = re.compile(r"(?<!\$)\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<fallback>:-[^}]*)?\}")
 
@@ -49,6 +56,22 @@ class Vault:
 
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
+
+    def scrubbed(self, text: str, name: str, owner: str) -> str:
+        """Return a script, or words in one text, with references for the secrets in it; an API key's is ``name``."""
+
+        def one(match: re.Match[str]) -> str:
+            if match["option"]:
+                called = "HF_TOKEN" if re.search("hf|hugging", match["option"]) else name
+                return match[0].removesuffix(match["value"]) + self.reference(called, match["value"], owner)
+            if match["token"]:
+                called = "HF_TOKEN" if match["token"].startswith("hf_") else "SECRET"
+                return self.reference(called, match["token"], owner)
+            if is_secret(match["name"], match["given"]):
+                return match[0].removesuffix(match["given"]) + self.reference(match["name"], match["given"], owner)
+            return match[0]
+
+        return _WITHIN.sub(one, text)
 
     def reference(self, name: str, value: str, owner: str) -> str:
         """Return ``value`` if it is a reference, else one to a variable that is to hold it.

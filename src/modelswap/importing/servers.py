@@ -1,8 +1,8 @@
 """Which LLM server a command line or an image is, and what its options say.
 
-Facts about programs that have an engine of their own here are in `engines.vllm` and `engines.llamacpp`. The others:
+Facts about programs that have an engine of their own here are in `engines.vllm`, `engines.llamacpp` and
+`engines.sglang`. The others:
 
-- SGLang (``sglang.launch_server``, ``sglang serve``): ``--model-path``, ``--served-model-name``, port 30000.
 - TGI (``text-generation-launcher``): ``--model-id`` or ``MODEL_ID``, ``--hostname``, ``--port`` or ``PORT`` (80 in its
   image), answers to any model name.
 - Ollama (``ollama serve``): port 11434, one server for many models; ``/api/version`` answers once it is up.
@@ -34,7 +34,7 @@ class Facts(msgspec.Struct, frozen=True):
 FACTS: Final[dict[str, Facts]] = {
     "vllm": Facts("vLLM", "vllm", 8000, key="VLLM_API_KEY"),
     "llamacpp": Facts("llama.cpp", "llamacpp", 8080, key="LLAMA_API_KEY"),
-    "sglang": Facts("SGLang", "custom", 30000, key="SGLANG_API_KEY"),
+    "sglang": Facts("SGLang", "sglang", 30000, key="SGLANG_API_KEY"),
     "tgi": Facts("TGI", "custom", 80, key="TGI_API_KEY"),
     "other": Facts("another server", "custom", 8000),
     "ollama": Facts("Ollama", "custom", 11434, ready="/api/version", key="OLLAMA_API_KEY"),
@@ -55,6 +55,7 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
     args: tuple[str, ...] = ()
     model: str | None = None
     names: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
     port: int | None = None
     key: str | None = None
     env: frozenset[str] = frozenset()
@@ -79,6 +80,8 @@ def recognise(image: str, entrypoint: Sequence[str], command: Sequence[str], env
         return None
     if commands is not None:
         return _read(kind, [], [], env, in_shell=True)
+    if kind == "vllm" and not entrypoint and command[:1] == ["serve"]:
+        return _read(kind, ["vllm", "serve"], list(command[1:]), env)
     return _read(kind, list(entrypoint), list(command), env)
 
 
@@ -95,7 +98,8 @@ def by_image(image: str) -> Kind | None:
     if repository == "ollama":
         return "ollama"
     if "llama-server" in repository or (
-        re.fullmatch(r"(?:ik_)?llama[._-]?cpp.*", repository) and re.match(r"server|full|\Z|latest", tag)
+        re.fullmatch(r"(?:ik[._-])?llama[._-]?cpp(?!.*python).*", repository)
+        and re.match(r"server|full|\Z|latest", tag)
     ):
         return "llamacpp"
     return "vllm" if re.search(r"(?:^|[-_])vllm(?:$|[-_])", repository) else None
@@ -163,6 +167,7 @@ def _vllm(options: Options, env: _Env) -> Server:
         kind="vllm",
         model=_known(model),
         names=_names(names),
+        adapters=_adapters(options),
         port=port,
         key=key,
         args=tuple(options.words),
@@ -197,12 +202,18 @@ def _llamacpp(options: Options, env: _Env) -> Server:
 def _sglang(options: Options, env: _Env) -> Server:
     model = options.first() if options.words[:1] and "/" in options.words[0] else None
     model = options.value("--model-path", "--model") or model
+    options.value("--host")
+    names = _names([options.value("--served-model-name") or ""])
+    port = _port(options.value("--port"))
+    # Stays: it can't be told its key in any other way.
+    key = options.peek("--api-key")
     return Server(
         kind="sglang",
         model=_known(model),
-        names=_names([options.value("--served-model-name") or ""]),
-        port=_port(options.value("--port")),
-        key=options.value("--api-key"),
+        names=names,
+        port=port,
+        key=key,
+        args=tuple(options.words),
         env=frozenset(env.found),
     )
 
@@ -224,6 +235,13 @@ def _ollama(options: Options, env: _Env) -> Server:
 
 def _names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for each in names if _known(name := each.strip())))
+
+
+def _adapters(options: Options) -> tuple[str, ...]:
+    """Return the names in ``--lora-modules``: ``name=path``, or JSON with a ``name``."""
+    modules = Options(options.words).values("--lora-modules")
+    json = r'\{.*"name"\s*:\s*"([^"]+)".*\}'
+    return _names([found[1] if (found := re.fullmatch(json, each)) else each.partition("=")[0] for each in modules])
 
 
 def _known(text: str | None) -> str | None:

@@ -62,6 +62,17 @@ class Service:
         """The command line, as far as it is said."""
         return [*(self.entrypoint or []), *self.command]
 
+    @property
+    def chosen(self) -> list[str] | None:
+        """The GPUs of those it is given that ``CUDA_VISIBLE_DEVICES`` leaves it; None if that isn't said."""
+        said = self.env.get("CUDA_VISIBLE_DEVICES") or ""
+        return said.split(",") if re.fullmatch(r"\d+(,\d+)*|(GPU|MIG)-[\w/,-]+", said) else None
+
+    @property
+    def sees_no_gpu(self) -> bool:
+        """Whether ``CUDA_VISIBLE_DEVICES`` hides all of them."""
+        return self.env.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+
 
 def size(text: str | None) -> str | None:
     """Return a size in Docker's units (binary, ``g`` and ``gb`` alike) as ours; None if it is none."""

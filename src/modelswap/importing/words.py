@@ -16,7 +16,7 @@ _BETWEEN = frozenset({"&&", "||", ";", "|", "&", "(", ")"})
 def split(text: str, where: str) -> list[str]:
     """Return the words of ``text`` by the shell's rules of quoting; ``where`` names its place in errors."""
     try:
-        return shlex.split(text)
+        return shlex.split(re.sub(r"\\\r?\n", " ", text))
     except ValueError as error:
         raise CannotImport(f"{where}: can't be split into words: {error}", "mend its quotes, then import") from None
 

@@ -25,7 +25,7 @@ _WHERE_IT_IS_MADE: Final = "set it where the container is made (the compose file
 _LATER: Final = {
     "args": f"{_WHERE_IT_IS_MADE}; what modelswap must know of it goes into 'concurrency' and 'memory'",
 }
-_ULIMITS: Final = (
+ULIMITS: Final = (
     *("core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss", "rtprio"),
     *("rttime", "sigpending", "stack"),
 )
@@ -135,8 +135,8 @@ def _ulimits(tree: Tree, path: Path, given: object) -> None:
     if not isinstance(given, dict):
         return
     for name, value in given.items():
-        if name not in _ULIMITS:
-            hint = _nearest(name, _ULIMITS) or f"there are {', '.join(_ULIMITS)}"
+        if name not in ULIMITS:
+            hint = _nearest(name, ULIMITS) or f"there are {', '.join(ULIMITS)}"
             tree.add((*path, name), "not a resource limit", hint, at_key=True)
         elif isinstance(value, int) and value < -1:
             tree.add((*path, name), "must be at least -1", "-1 means no limit")

@@ -52,6 +52,7 @@ def convert(files: Sequence[str], read: Read, env: Mapping[str, str], *, manage:
             model["aliases"] = aliases
         if server.many:
             _many(model, called[name], document, context)
+        model["adapters"] = names.aliases(called[name], model.get("adapters", []), f"services.{name}")
         _add(imported, called[name], model, service, server)
     _compose_wide(document, imported, manage=manage)
     sharing.look(found, document, imported, manage=manage)
@@ -92,7 +93,9 @@ def _recognised(document: Document, read: Read, file: str) -> dict[str, tuple[Se
         service = read_service(name, section, env_file)
         env = {key: each for key, each in service.env.items() if each}
         server = servers.recognise(image, service.entrypoint or [], service.command, env)
-        if server is not None and not neighbours.is_helper(service, server):
+        # What is there for others to be made of needn't be a server itself.
+        template = server is not None and server.model is None and not server.many and name in document.extended
+        if server is not None and not template and not neighbours.is_helper(service, server):
             found[name] = service, server, section
     if not found:
         raise CannotImport(
@@ -208,8 +211,12 @@ def _warn(name: str, service: dict[str, Any], context: Context) -> None:
         text = 'modelswap sets it to "no" in Docker, which would start engines by itself; say "no" here, too'
         context.note(Kind.CHANGED, text, *part)
     replicas = str(service.get("scale") or (deploy or {}).get("replicas") or "1")
-    if replicas not in ("0", "1"):
-        context.note(Kind.ACTION, f"{replicas} replicas: a model has one container; make it 1", "deploy", "replicas")
+    where = ("scale",) if service.get("scale") else ("deploy", "replicas")
+    if replicas == "0":
+        text = "compose makes no container of it; make it 1, and keep it from starting with profiles: [models]"
+        context.note(Kind.ACTION, text, *where)
+    elif replicas != "1":
+        context.note(Kind.ACTION, f"{replicas} replicas: a model has one container; make it 1", *where)
     if service.get("network_mode") == "host":
         text = "opens the engine to whoever reaches the machine, past the gateway; give it a network of compose's"
         context.note(Kind.ACTION, text, "network_mode")

@@ -26,7 +26,8 @@ class Document:
     """All services after interpolation, ``extends``, ``include`` and merging, each key in one spelling.
 
     ``project`` is the compose project's name, ``named`` whether somebody said so (else it is the folder's).
-    ``problems`` are keys with what could not be followed from there.
+    ``extended`` names the services that others extend. ``problems`` are keys with what could not be followed from
+    there.
     """
 
     services: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -35,6 +36,7 @@ class Document:
     named: bool = False
     files: list[str] = field(default_factory=list)
     other: list[str] = field(default_factory=list)
+    extended: set[str] = field(default_factory=set)
     problems: list[tuple[str, str]] = field(default_factory=list)
     filled: set[str] = field(default_factory=set)
     unset: set[str] = field(default_factory=set)
@@ -54,9 +56,10 @@ def load(files: Sequence[str], read: Read, env: Mapping[str, str]) -> Document:
     document.top = bare(document.top)
     document.project = said or re.sub(r"[^a-z0-9_-]", "", folder.name.lower()).lstrip("_-")
     if not document.services:
-        raise CannotImport(
-            f"{files[0]}: has no services", "is it a compose file? Name the one that `docker compose` reads"
-        )
+        remedy = "is it a compose file? Name the one that `docker compose` reads"
+        if document.other:
+            remedy += f", or put {', '.join(document.other)} under 'services:', as it wants it today"
+        raise CannotImport(f"{files[0]}: has no services", remedy)
     return document
 
 
@@ -147,6 +150,8 @@ class _Loader:
         if other_name not in other_services:
             self._document.problems.append((f"services.{name}.extends", f"{other_file} has no service {other_name}"))
             return merged({}, own)
+        if other_file == file:
+            self._document.extended.add(other_name)
         under = self._extended(
             other_name, other_services[other_name], other_file, folder, interpolation, (*within, (file, name))
         )

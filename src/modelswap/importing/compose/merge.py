@@ -78,7 +78,8 @@ def _volume(value: Any, base: PurePath, home: str) -> Any:
     source, target, *modes = parts
     folder = source.startswith((".", "/", "~"))
     entry = {
-        "type": "bind" if folder else "volume",
+        # A variable that isn't set yet holds a path, if anything.
+        "type": "bind" if folder or source.startswith("${") else "volume",
         "source": absolute(source, base, home) if folder else source,
         "target": target,
     }

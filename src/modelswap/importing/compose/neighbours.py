@@ -18,7 +18,7 @@ _PROXIES: Final = re.compile(r"(?:^|/)(?:nginx|openresty|traefik|caddy|haproxy|e
 _OTHERS: Final = re.compile(
     r"localai|local-ai|text-generation-webui|koboldcpp|tabbyapi|lmdeploy|tritonserver|tensorrt|xinference|aphrodite"
     r"|text-embeddings-inference|infinity|llama-cpp-python|mlc-llm|whisper|speaches|kokoro|piper|comfyui"
-    r"|stable-diffusion|sdnext|openedai|docling-serve-cu"
+    r"|stable-diffusion|sdnext|openedai|docling-serve-cu|(?:^|/)nim/"
 )
 _SWAP_NAMES: Final = re.compile(r"gateway|proxy|router|orchestrat|swap|balancer|switcher|llm-manager")
 _SOCKET: Final = re.compile(r"docker\.sock|DOCKER_HOST|podman\.sock")
@@ -51,6 +51,8 @@ def pulled(services: Mapping[str, dict[str, Any]]) -> list[str]:
     text = json.dumps([[each.get("command"), each.get("entrypoint")] for each in services.values()])
     listed = re.sub(r'",\s*"', " ", text)
     found = re.findall(r"\b(?:ollama\s+)?(?:pull|run)\s+([a-z0-9][\w./-]*(?::[\w.-]+)?)", listed)
+    for call in re.findall(r"/api/pull\b(.*?)(?:/api/|$)", listed):
+        found += re.findall(r'\\"(?:name|model)\\"\s*:\s*\\"([\w./:-]+)', call)
     return list(dict.fromkeys(found))
 
 

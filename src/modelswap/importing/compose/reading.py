@@ -10,6 +10,7 @@ from modelswap.importing.result import CannotImport
 from modelswap.importing.sections import Section
 from modelswap.importing.service import Port, Service, Volume, size
 from modelswap.importing.words import split
+from modelswap.spec.containers import ULIMITS
 
 
 def read_service(name: str, section: Section, env_file: Callable[[str], Mapping[str, str] | None]) -> Service:
@@ -22,7 +23,7 @@ def read_service(name: str, section: Section, env_file: Callable[[str], Mapping[
     service.exposed = [int(each) for text in section.texts("expose") if (each := text.partition("/")[0]).isdigit()]
     _read_gpus(service, section)
     _read_volumes(service, section)
-    service.devices = section.texts("devices")
+    _read_devices(service, section)
     service.shm_size = size(section.text("shm_size"))
     service.ipc = section.text("ipc")
     if service.ipc is not None and service.ipc.startswith("service:"):
@@ -95,11 +96,32 @@ def _read_gpus(service: Service, section: Section) -> None:
             [str(each) for each in ids] if isinstance(ids, list) else int(count) if count.isdigit() else "all"
         )
     runtime = section.text("runtime")
-    if runtime == "nvidia" and service.gpus is None:
-        visible = service.env.get("NVIDIA_VISIBLE_DEVICES") or "all"
-        service.gpus = "all" if visible == "all" else [each.strip() for each in visible.split(",")]
+    visible = service.env.get("NVIDIA_VISIBLE_DEVICES")
+    # Without `runtime: nvidia` the variable does what it says where that is Docker's default.
+    if service.gpus is None and (runtime == "nvidia" or (visible and runtime is None)):
+        visible = visible or "all"
+        if visible not in ("none", "void"):
+            service.gpus = "all" if visible == "all" else [each.strip() for each in visible.split(",")]
     elif runtime not in (None, "nvidia"):
         service.lost.append(("runtime", f"containers of ours can't have the runtime {runtime}"))
+
+
+def _read_devices(service: Service, section: Section) -> None:
+    for entry in _entries(section, "devices"):
+        if isinstance(entry, dict) and "source" in entry:
+            parts = [entry.get(key) for key in ("source", "target", "permissions")]
+            entry = ":".join(str(part) for part in parts if part)
+        if not isinstance(entry, str):
+            raise CannotImport(f"{section.key('devices')}: wants a list of texts", "mend it, then import")
+        device = entry
+        kind, equals, name = device.partition("=")
+        if device.startswith(("/", "${")):
+            service.devices.append(device)
+        elif kind == "nvidia.com/gpu" and equals:
+            known = service.gpus if isinstance(service.gpus, list) else []
+            service.gpus = "all" if name == "all" or service.gpus == "all" else [*known, name]
+        else:
+            service.lost.append(("devices", f"{device} is no device file"))
 
 
 def _read_volumes(service: Service, section: Section) -> None:
@@ -109,6 +131,8 @@ def _read_volumes(service: Service, section: Section) -> None:
         kind, source, target = entry.get("type"), entry.get("source"), entry.get("target")
         if kind not in ("bind", "volume") or not target:
             service.lost.append(("volumes", f"a mount of type {kind} at {target}"))
+        elif not target.startswith(("/", "$")):
+            service.lost.append(("volumes", f"{target} is no folder of a container's"))
         elif not source:
             service.lost.append(("volumes", f"the nameless volume at {target}; name it to keep what is in it"))
         else:
@@ -126,7 +150,9 @@ def _ulimits(service: Service, section: Section) -> dict[str, int]:
                 service.lost.append((f"ulimits.{name}", f"soft and hard limit are one here: {limit}"))
         else:
             limit = section.whole(name)
-        if limit is not None:
+        if name not in ULIMITS:
+            service.lost.append((f"ulimits.{name}", "there is no such limit"))
+        elif limit is not None:
             result[name] = limit
     return result
 

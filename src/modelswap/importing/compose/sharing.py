@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from modelswap.importing import device
+from modelswap.importing import containers, device
 from modelswap.importing.compose.document import Document
-from modelswap.importing.containers import without_gpu
 from modelswap.importing.result import Imported, Kind
 from modelswap.importing.sections import Section
 from modelswap.importing.servers import Server
@@ -21,8 +20,10 @@ Services = Mapping[str, tuple[Service, Server, Section]]
 
 def look(found: Services, document: Document, imported: Imported, *, manage: bool) -> None:
     """Move into the sections ``device`` and ``docker`` what all models have in common; note what they don't."""
-    on_gpu = {name: service for name, (service, server, _) in found.items() if not without_gpu(service, server)}
-    gpus = {name: service.gpus if isinstance(service.gpus, list) else None for name, service in on_gpu.items()}
+    on_gpu = {
+        name: service for name, (service, server, _) in found.items() if not containers.without_gpu(service, server)
+    }
+    gpus = {name: _said(service) for name, service in on_gpu.items()}
     if device.choose(gpus, "services", imported):
         # That is what `gpus: auto` means.
         for model in imported.config["models"].values():
@@ -34,11 +35,18 @@ def look(found: Services, document: Document, imported: Imported, *, manage: boo
         _network(models, imported)
 
 
+def _said(service: Service) -> list[str] | None:
+    if isinstance(service.gpus, list):
+        return service.gpus
+    return service.chosen if service.gpus == "all" else None
+
+
 def _side_by_side(found: Services, on_gpu: Mapping[str, Service], imported: Imported) -> None:
     shares: dict[str, float] = {}
     for name in on_gpu:
         server = found[name][1]
-        share = Options(server.args).peek("--gpu-memory-utilization") if server.kind == "vllm" else None
+        option, _ = containers.SHARES.get(server.kind, (None, 1))
+        share = Options(server.args).peek(option) if option else None
         try:
             shares[name] = float(share or 1)
         except ValueError:
@@ -49,7 +57,9 @@ def _side_by_side(found: Services, on_gpu: Mapping[str, Service], imported: Impo
 
 
 def _hf_cache(models: Any, imported: Imported) -> None:
-    users = [model for model in models if model["engine"] == "vllm" and not model["model"].startswith(("/", "."))]
+    users = [
+        model for model in models if model["engine"] in ("vllm", "sglang") and not model["model"].startswith(("/", "."))
+    ]
     mounts = [[v for v in model.get("volumes", []) if v.endswith(f":{_HF_CACHE}")] for model in users]
     sources = {tuple(each) for each in mounts}
     if (

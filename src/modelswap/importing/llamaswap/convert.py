@@ -12,11 +12,10 @@ from modelswap.importing.containers import Context
 from modelswap.importing.llamaswap import models as one
 from modelswap.importing.llamaswap.macros import Macros
 from modelswap.importing.llamaswap.reasons import FILE, MODEL, why_lost
-from modelswap.importing.llamaswap.together import look
+from modelswap.importing.llamaswap.together import look, preload
 from modelswap.importing.names import Names
 from modelswap.importing.result import CannotImport, Found, Imported, Kind
 from modelswap.importing.sections import Section
-from modelswap.importing.words import split
 from modelswap.importing.yamltext import parse
 
 _SHORTEST: Final = 15
@@ -27,7 +26,7 @@ def convert(text: str, file: str) -> Imported:
     root = Section(parse(text, file))
     _is_llama_swap(root, file)
     imported = Imported()
-    context = Context(imported, env_key="cmd")
+    context = Context(imported, command_key="cmd", env_key="cmd")
     try:
         _whole(root, _models(root, context), imported)
     except CannotImport as error:
@@ -70,6 +69,7 @@ def _models(root: Section, context: Context) -> dict[str, str]:
             continue
         model = taken.model
         model["aliases"] = names.aliases(called[name], _aliases(section, macros, context), section.key("aliases"))
+        model["adapters"] = names.aliases(called[name], model.get("adapters", []), section.key("cmd"))
         _settings(model, section, root, macros, context)
         _account(section, own, macros, context)
         imported.add(Found(called[name], taken.title, taken.loads, taken.host), model)
@@ -112,10 +112,20 @@ def _settings(model: dict[str, Any], section: Section, root: Section, macros: Ma
     grace = section.whole("unloadTimeout") or root.whole("unloadTimeout")
     if grace:
         model["stop_grace"] = grace
-    stop = macros.text(section.text("cmdStop") or "")
-    if not one.stops(stop, split(stop, section.key("cmdStop"))):
-        text = "no command is run to stop an engine: it gets SIGTERM, and SIGKILL after stop_grace"
-        context.note(Kind.LOST, text, "cmdStop")
+    _ttl(model, section, root)
+    one.stop(model, macros.command(section.text("cmdStop") or ""), context)
+
+
+def _ttl(model: dict[str, Any], section: Section, root: Section) -> None:
+    """Say after how many idle seconds it is put out: -1 is the file's ``globalTTL``, 0 is never."""
+    own, common = section.whole("ttl"), root.whole("globalTTL")
+    for key, value, least in (("ttl", own, -1), ("globalTTL", common, 0)):
+        where = section if key == "ttl" else root
+        if value is not None and value < least:
+            raise CannotImport(f"{where.key(key)}: wants {least} or more, found {value}", "mend it, then import")
+    seconds = common if own in (None, -1) else own
+    if seconds:
+        model["ttl"] = seconds
 
 
 def _account(section: Section, own: Section, macros: Macros, context: Context) -> None:
@@ -151,9 +161,11 @@ def _describe(name: str, section: Section, macros: Macros, imported: Imported) -
 def _whole(root: Section, called: dict[str, str], imported: Imported) -> None:
     root.whole("healthCheckTimeout")
     root.whole("unloadTimeout")
+    root.whole("globalTTL")
     if root.texts("apiKeys"):
         text = "the gateway asks for no key: leave gateway.host at 127.0.0.1, or put a proxy that asks before it"
         imported.note(Kind.ACTION, "apiKeys", text)
     look(root, called, imported)
+    preload(root, called, imported)
     for key, _ in root.unread():
         imported.note(Kind.LOST, key, why_lost(FILE, key))

@@ -25,6 +25,10 @@ class Macros:
         self.own_used: set[str] = set()
         self.unknown: set[str] = set()
 
+    def command(self, text: str) -> str:
+        """Return a command line filled in; its comments go first, since a macro may have several lines."""
+        return self.text(without_comments(text))
+
     def text(self, text: str, *, port: str = "${PORT}") -> str:
         """Return ``text`` filled in, in the syntax of our config; ``port`` stands for llama-swap's ``${PORT}``."""
         for name in reversed(self._values):
@@ -38,3 +42,8 @@ class Macros:
 
     def _left(self, match: re.Match[str]) -> str:
         return match[0] if match[1] in _LATER else f"${match[0]}"
+
+
+def without_comments(text: str) -> str:
+    """Return a command line without the lines that are comments."""
+    return "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))

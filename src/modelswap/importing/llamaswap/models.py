@@ -12,7 +12,7 @@ from modelswap.importing import containers, secrets, servers
 from modelswap.importing.containers import Context
 from modelswap.importing.llamaswap import dockerrun
 from modelswap.importing.llamaswap.dockerrun import DockerRun, Existing
-from modelswap.importing.llamaswap.macros import Macros
+from modelswap.importing.llamaswap.macros import Macros, without_comments
 from modelswap.importing.result import CannotImport, Kind
 from modelswap.importing.sections import Section
 from modelswap.importing.servers import Server
@@ -52,7 +52,7 @@ def take(name: str, section: Section, macros: Macros, context: Context) -> Taken
         raise CannotImport(
             f"{section.key('cmd')}: is missing", "every model of llama-swap's has one; is it its config?"
         )
-    words = _words(macros.text(command), section.key("cmd"))
+    words = _words(macros.command(command), section.key("cmd"))
     env = dict(_pair(macros.text(each)) for each in section.texts("env"))
     if words and program(words[0]) == "env":
         words = words[1:]
@@ -74,8 +74,7 @@ def take(name: str, section: Section, macros: Macros, context: Context) -> Taken
 
 
 def _words(text: str, where: str) -> list[str]:
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    joined = "\n".join(re.sub(r"\\\s*$", " ", line) for line in lines)
+    joined = "\n".join(re.sub(r"\\\s*$", " ", line) for line in without_comments(text).splitlines())
     if re.search(r"(?:^|[\s\"'])[A-Za-z]:\\", joined):
         # Windows: a backslash is part of a path there, not a quote.
         joined = joined.replace("\\", "\\\\")
@@ -125,11 +124,14 @@ def _engine(server: Server, env: dict[str, str], ready: str, context: Context) -
     if server.kind == "llamacpp" and path.endswith(".gguf") and not re.match(r"/|~|\$\{|[A-Za-z]:", path):
         text = f"{path} is looked for where modelswap is started; give the whole path, or say cwd"
         context.note(Kind.ACTION, text, "cmd")
-    if server.program not in (("llama-server",), ("vllm", "serve")):
+    if server.program not in (("llama-server",), ("vllm", "serve"), ("sglang", "serve")):
         model["program"] = list(server.program)
     owner = context.key.rpartition(".")[2]
     model["args"] = containers.hidden(list(server.args), owner, facts.key, context)
     model["env"] = _secretless({key: value for key, value in env.items() if key not in server.env}, context)
+    model["adapters"] = list(server.adapters)
+    if containers.ranks(server):
+        model["canary"] = "none"
     if server.key:
         model["api_key"] = _key(server, owner, context)
     if ready not in ("/health", "/v1/models", "/", "none"):
@@ -184,7 +186,7 @@ def _secretless(env: dict[str, str], context: Context) -> dict[str, str]:
             given = secrets.references(result[name])[0][0]
             context.note(Kind.ACTION, f"put {name} into the environment as {given}; it is not copied", "env", name)
         else:
-            result[name] = value
+            result[name] = containers.scrubbed(value, context.key.rpartition(".")[2], "API_KEY", context, "env")
     return result
 
 
@@ -198,7 +200,7 @@ def _without_gpu(server: Server | None, env: dict[str, str]) -> bool:
         return (
             options.peek("-ngl", "--gpu-layers", "--n-gpu-layers") == "0" or options.peek("--device", "-dev") == "none"
         )
-    return server.kind == "vllm" and options.peek("--device") == "cpu"
+    return server.kind in ("vllm", "sglang") and options.peek("--device") == "cpu"
 
 
 def _run(run: DockerRun, env: dict[str, str], ready: str, context: Context) -> Taken:
@@ -229,15 +231,30 @@ def _existing(existing: Existing, proxy: Proxy, ready: str, context: Context) ->
         model["port"] = proxy.port
     else:
         context.note(Kind.ACTION, "say port: where it listens inside its container (8000 otherwise)", "cmd")
-    context.note(Kind.ACTION, "say engine: vllm or llamacpp, if it is one, and model: the name it serves", "cmd")
+    context.note(
+        Kind.ACTION, "say engine: vllm, llamacpp or sglang, if it is one, and model: the name it serves", "cmd"
+    )
     what = "compose service" if existing.compose else "container"
     return Taken(model, "custom", "", f"{what} {existing.name}")
 
 
-def stops(command: str, words: Sequence[str]) -> bool:
-    """Return whether a ``cmdStop`` does no more than modelswap does by itself: a signal, or stopping a container."""
-    if not words:
-        return True
+def stop(model: dict[str, Any], text: str, context: Context) -> None:
+    """Have a ``cmdStop`` run before its model is stopped, unless modelswap does the same by itself."""
+    words = _words(text, f"{context.key}.cmdStop")
+    if not words or _stops(text, words):
+        return
+    if "${PID}" in text or _PORT in text:
+        lost = "it is told neither PID nor port: the engine gets SIGTERM, and SIGKILL after stop_grace"
+        context.note(Kind.LOST, lost, "cmdStop")
+        return
+    command = containers.hidden(words, context.key.rpartition(".")[2], "API_KEY", context)
+    model["hooks"] = {"before_unload": [{"command": command}]}
+    changed = "runs as a hook (before_unload); then what is left gets SIGTERM, and SIGKILL after stop_grace"
+    context.note(Kind.CHANGED, changed, "cmdStop")
+
+
+def _stops(command: str, words: Sequence[str]) -> bool:
+    """Return whether it does no more than modelswap does by itself: a signal, or stopping a container."""
     tool = program(words[0])
     if tool in ("kill", "taskkill"):
         return "${PID}" in command

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
-NOT_YET: Final = "modelswap doesn't unload idle models yet"
-"""For ``ttl`` and ``globalTTL``: comes with a later version."""
-
 MODEL: Final = {
     "unlisted": "every model is listed in /v1/models",
     "metadata": "/v1/models has the names only",
     "capabilities": "/v1/models has the names only",
     "sendLoadingState": "who waits on a stream is told its progress anyway, in comments (gateway.progress_after)",
     "timeouts": "modelswap has no time limit of its own on a running request",
-    "ttl": NOT_YET,
     "filters.stripParams": "requests are passed on as they are",
     "filters.strip_params": "requests are passed on as they are",
     "filters.setParams": "requests are passed on as they are",
@@ -21,7 +17,6 @@ MODEL: Final = {
     "filters": "requests are passed on as they are",
 }
 FILE: Final = {
-    "globalTTL": NOT_YET,
     "startPort": "engines get free ports by themselves (orchestrator.engine_ports)",
     "logLevel": "there is no such setting",
     "logTimeFormat": "logs are JSON with ISO times",
@@ -36,7 +31,7 @@ FILE: Final = {
     "includeAliasesInList": "aliases are always listed",
     "upstream": "there is no /upstream path",
     "profiles": "names can't be rewritten at run time; aliases are fixed",
-    "hooks": "nothing is loaded ahead of a request; `modelswap swap MODEL` does it by hand",
+    "hooks": "nothing happens then; a model's own hooks are for its loads and unloads",
     "peers": "only engines that modelswap starts are served; put a router in front for others",
 }
 

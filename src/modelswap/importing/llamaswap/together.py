@@ -33,6 +33,33 @@ def look(root: Section, called: Mapping[str, str], imported: Imported) -> None:
     _devices(imported)
 
 
+def preload(root: Section, called: Mapping[str, str], imported: Imported) -> None:
+    """Have models brought in at start; note which one of those that take turns."""
+    models = imported.config["models"]
+    listed = root.section("hooks").section("on_startup")
+    wanted: set[str] = set()
+    for name in listed.texts("preload"):
+        if (model := _named(name.strip(), called, imported)) is None:
+            imported.note(Kind.LOST, listed.key("preload"), f"there is no model {name}")
+        else:
+            models[model]["preload"] = True
+            wanted.add(model)
+    on_gpu = [name for name in models if name in wanted and models[name].get("device") != "none"]
+    if len(on_gpu) > 1:
+        text = (
+            f"of {', '.join(on_gpu)} the first comes in, since one model has the device; take preload from the others"
+        )
+        imported.note(Kind.CHANGED, listed.key("preload"), text)
+
+
+def _named(name: str, called: Mapping[str, str], imported: Imported) -> str | None:
+    """Return what the model that requests call ``name`` there is called here; None if there is none."""
+    models = imported.config["models"]
+    aliases = {alias: model for model, said in models.items() for alias in said.get("aliases", [])}
+    found = called.get(name, aliases.get(name, ""))
+    return found if found in models else None
+
+
 def _groups(groups: Section, called: Mapping[str, str], imported: Imported) -> None:
     models = imported.config["models"]
     for _, group in groups.sections():
@@ -49,19 +76,18 @@ def _groups(groups: Section, called: Mapping[str, str], imported: Imported) -> N
             text = f"{listed} ran beside others, and take turns with them here; {beside}"
             imported.note(Kind.CHANGED, group.key("exclusive"), text)
         if persistent and on_gpu:
-            text = f"{listed} could not be put out by others, and can be here; {beside}"
+            text = f"{listed} could not be put out by others, and can be here; {beside} (pin: true would refuse those)"
             imported.note(Kind.CHANGED, group.key("persistent"), text)
 
 
 def _priorities(section: Section, called: Mapping[str, str], imported: Imported) -> None:
-    models = imported.config["models"]
-    aliases = {alias: name for name, model in models.items() for alias in model.get("aliases", [])}
     for name in section.value:
         priority = section.whole(name) or 0
-        model = models.get(called.get(name, aliases.get(name, "")))
-        if model is None:
+        found = _named(name, called, imported)
+        if found is None:
             imported.note(Kind.LOST, section.key(name), "there is no such model")
             continue
+        model = imported.config["models"][found]
         model["priority"] = min(max(priority, _PRIORITIES[0]), _PRIORITIES[-1])
         if priority not in _PRIORITIES:
             imported.note(Kind.CHANGED, section.key(name), f"the limit is {model['priority']}")
