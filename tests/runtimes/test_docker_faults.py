@@ -436,13 +436,6 @@ async def test_docker_that_comes_late_is_waited_for(tmp_path: Path) -> None:
         await coming
 
 
-async def test_an_address_that_is_none_is_told(tmp_path: Path) -> None:
-    """An address without a scheme is refused with what it should look like."""
-    with pytest.raises(DockerAway, match="unix:///path"):
-        async with open_runtime(tmp_path, config.Docker(host="somewhere"), gpu=0, port_of=lambda _: 8000):
-            pass
-
-
 def test_a_socket_that_may_not_be_used_is_told() -> None:
     """A permission that is missing is told with how to get it, and as lasting."""
     away = client.failure(PermissionError(13, "Permission denied"), "connecting to it")

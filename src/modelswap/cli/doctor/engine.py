@@ -120,4 +120,4 @@ def _group_of(where: str) -> int | None:
 
 
 def _reason(away: BaseException) -> str:
-    return str(away.__cause__ or away).splitlines()[0]
+    return (str(away.__cause__ or "") or str(away)).splitlines()[0]

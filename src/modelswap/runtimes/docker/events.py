@@ -12,7 +12,7 @@ import msgspec
 import structlog
 
 from modelswap.runtimes.docker import api
-from modelswap.runtimes.docker.client import Trouble, is_away, negotiate
+from modelswap.runtimes.docker.client import DockerAway, Trouble, is_away, negotiate
 
 WATCHED: Final = ("create", "rename", "start", "die", "oom", "destroy")
 _FIRST_PAUSE: Final = 0.02
@@ -53,7 +53,7 @@ async def watch(
                     if (event := _event(said)) is not None:
                         since = max(since, event.at)
                         take(event)
-        except (*Trouble, msgspec.DecodeError) as error:
+        except (DockerAway, *Trouble, msgspec.DecodeError) as error:
             if not away:
                 away = True
                 level = _log.warning if is_away(error) else _log.error
