@@ -114,6 +114,26 @@ def test_check_warns_about_containers_that_look_wrong(
     assert all(line.startswith(f"warning: {start}") for line, start in zip(warned, expected, strict=True))
 
 
+def test_check_survives_names_that_are_too_long(command: Run, tmp_path: Path) -> None:
+    """Of a model, of its working folder and of the program: no file system takes them."""
+    file, name = tmp_path / "m.yaml", "n" * 300
+    file.write_text(
+        f"models:\n  a: {{model: {name}, program: [{sys.executable}]}}\n  b: {{model: /{name}, program: [/{name}]}}\n"
+        f"  c: {{engine: llamacpp, model: {name}, program: [{sys.executable}]}}\n"
+        f"  d: {{engine: custom, command: [{sys.executable}, '{{port}}'], cwd: /{name}}}\n"
+        f"  e: {{engine: sglang, model: ~/{name}, program: [{sys.executable}]}}\n"
+    )
+    ran = command("check", "-c", str(file))
+    assert ran.code == 0, ran.err
+    for words in (
+        f"there is no program /{name}",
+        f"there is no /{name}",
+        f"cwd /{name} is not",
+        f"there is no ~/{name}",
+    ):
+        assert words in ran.out
+
+
 @pytest.mark.parametrize(
     ("given", "warned"),
     [

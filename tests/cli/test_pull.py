@@ -181,6 +181,17 @@ def docker(fake: Any, *, here: bool) -> None:
     }
 
 
+def test_a_cache_that_no_disk_can_hold_fails_alone(
+    command: Run, hub: Hub, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name is too long: told as any other failure."""
+    monkeypatch.setattr("modelswap.weights.places.on_host", lambda: False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / ("n" * 300)))
+    ran = command("pull", "-c", str(config))
+    assert ran.code == 1 and "failed" in rows(ran.out)["small", "weights"]
+    assert "File name too long" in ran.err
+
+
 @pytest.mark.parametrize("here", [False, True])
 def test_images_of_managed_models_are_pulled_once(
     command: Run, hub: Hub, fake: Any, tmp_path: Path, here: bool, monkeypatch: pytest.MonkeyPatch

@@ -106,7 +106,7 @@ def shared_home(docker: config.Docker, env: Mapping[str, str] = os.environ, *, s
     if on_host():
         return None if docker.hf_cache is None else Unseen.CACHE
     home = _home(env).absolute()
-    return None if any(folder.is_mount() for folder in (home, *home.parents[:-1])) else Unseen.CACHE
+    return None if any(map(_is_mount, (home, *home.parents[:-1]))) else Unseen.CACHE
 
 
 def hub_cache(env: Mapping[str, str]) -> Path:
@@ -125,6 +125,12 @@ def is_public(env: Mapping[str, str]) -> bool:
 def secrets(env: Mapping[str, str]) -> list[str]:
     """Return what must not be told to anybody."""
     return [env[name] for name in _TOKENS if env.get(name)]
+
+
+def _is_mount(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return folder.is_mount()
+    return False
 
 
 def _is_dockerd(process: Path) -> bool:

@@ -10,6 +10,7 @@ from modelswap.cli.doctor.engine import wants_gpu
 from modelswap.cli.doctor.finding import Finding, fine, note, problem, warning
 from modelswap.cli.doctor.scene import Scene, ToldElsewhere
 from modelswap.engines import options
+from modelswap.engines.programs import is_there
 from modelswap.runtimes.docker.images import Image
 from modelswap.spec.config import Model
 from modelswap.spec.volumes import parse
@@ -64,7 +65,7 @@ def of_folders(name: str, model: Model) -> list[Finding]:
             f"make it, or mend models.{name}.volumes",
         )
         for volume in map(parse, model.volumes)
-        if volume.is_folder and not Path(volume.source).exists()
+        if volume.is_folder and not is_there(Path(volume.source))
     ]
 
 

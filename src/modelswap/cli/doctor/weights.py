@@ -14,6 +14,7 @@ from modelswap.cli.doctor import adopted
 from modelswap.cli.doctor.finding import Finding, fine, note, problem, warning
 from modelswap.cli.doctor.scene import Scene, ToldElsewhere, in_thread
 from modelswap.cli.words import size
+from modelswap.engines.programs import is_there
 from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.docker.surroundings import Surroundings
 from modelswap.spec.config import Model
@@ -169,7 +170,7 @@ async def caches(scene: Scene) -> list[Finding]:
 
 def of_folder(folder: Path, models: list[str]) -> Finding:
     """Judge whether we may write to a folder, or make it."""
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    nearest = next(filter(is_there, (folder, *folder.parents)))
     names = ", ".join(models)
     if not nearest.is_dir():
         return problem(f"{nearest} is in the way of the cache folder {folder} ({names})", "move it away")
