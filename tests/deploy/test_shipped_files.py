@@ -91,6 +91,14 @@ def test_what_is_not_published_stays_so() -> None:
                 assert port.startswith("${MODELSWAP_BIND:-127.0.0.1}:")
 
 
+def test_the_unit_leaves_gpus_to_engines() -> None:
+    """Nothing in it shuts devices out, as ProtectClock does by an implied DeviceAllow (systemd issue 18142)."""
+    text = (_ROOT / "deploy" / "systemd" / "modelswap.service").read_text()
+    said = dict(re.findall(r"^(\w+)=(.*)$", text, re.MULTILINE))
+    assert said["CapabilityBoundingSet"] == "" and said["NoNewPrivileges"] == "yes"
+    assert not {"ProtectClock", "PrivateDevices", "DeviceAllow", "DevicePolicy", "MemoryDenyWriteExecute"} & said.keys()
+
+
 def test_the_images_locks_follow_the_main_one() -> None:
     """What is in the image are the tested versions, and nothing that is only for development or the embedded engine."""
     every, runtime, build = _pins("all.lock"), _pins("runtime.lock"), _pins("build.lock")
