@@ -20,7 +20,7 @@ from modelswap.cli.words import NONE
 from modelswap.engines import options
 from modelswap.engines.base import Address
 from modelswap.engines.programs import is_there
-from modelswap.engines.registry import engine_for
+from modelswap.engines.registry import FROM_HUB, engine_for
 from modelswap.orchestrator.state import state_dir
 from modelswap.protocol.errors import ModelswapError
 from modelswap.spec import volumes
@@ -161,8 +161,8 @@ def _image_warnings(name: str, model: Model) -> Iterator[Warned]:
     loads = model.model if model.engine != "custom" else None
     if loads and loads.startswith("/") and not any(PurePosixPath(loads).is_relative_to(target) for target in targets):
         yield f"no volume puts {loads} into its container", "add one to 'volumes', unless the image has it"
-    parallel = options.whole(options.value(model.args, "--tensor-parallel-size", "-tp")) or 1
-    if model.engine == "vllm" and parallel > 1 and isinstance(model.gpus, list) and len(model.gpus) < parallel:
+    parallel = options.parallelism(model.args) if model.engine in FROM_HUB else 1
+    if isinstance(model.gpus, list) and len(model.gpus) < parallel:
         message = f"--tensor-parallel-size {parallel} needs {parallel} GPUs, and 'gpus' names {len(model.gpus)}"
         yield message, "name as many in 'gpus'"
     if model.device == "gpu" and model.gpus == "none" and not model.devices:

@@ -15,11 +15,12 @@ from modelswap.cli.doctor.finding import Finding, fine, note, problem, warning
 from modelswap.cli.doctor.scene import Scene, ToldElsewhere, in_thread
 from modelswap.cli.words import size
 from modelswap.engines.programs import is_there
+from modelswap.engines.registry import FROM_HUB
 from modelswap.orchestrator.state import state_dir
 
 GIB: Final = 1 << 30
-_VLLM_IMAGE: Final = 30 * GIB
-"""What vLLM's image takes unpacked, with what its pull needs meanwhile."""
+_CUDA_IMAGE: Final = 30 * GIB
+"""What vLLM's and SGLang's images take unpacked, with what their pull needs meanwhile."""
 _OTHER_IMAGE: Final = 10 * GIB
 _UNKNOWN_WEIGHTS: Final = 10 * GIB
 _SCARCE: Final = 2 * GIB
@@ -76,7 +77,7 @@ async def _images(scene: Scene) -> list[tuple[Path, str, int]]:
     if around.container or not docker.where.startswith("unix://") or not is_there(root.parent):
         return []
     missing = {
-        model.image: _VLLM_IMAGE if model.engine == "vllm" else _OTHER_IMAGE
+        model.image: _CUDA_IMAGE if model.engine in FROM_HUB else _OTHER_IMAGE
         for model in scene.models("managed").values()
         if model.pull != "never" and await scene.image(model.image or "") is None
     }

@@ -16,6 +16,7 @@ from modelswap.cli.doctor.scene import Scene, ToldElsewhere, in_thread
 from modelswap.cli.words import size
 from modelswap.engines.programs import is_there
 from modelswap.protocol.errors import ModelswapError
+from modelswap.runtimes.docker import sharing
 from modelswap.runtimes.docker.surroundings import Surroundings
 from modelswap.spec.config import Model
 from modelswap.weights import cache, places, plan
@@ -101,15 +102,16 @@ def of_adopted(
     env: Mapping[str, str] = os.environ,
 ) -> list[Wanted]:
     """Return what a container that somebody else made loads into a cache that is mounted into it."""
-    _, source = adopted.cache_of(inspected)
+    inside = sharing.hub_of(inspected)
+    source = sharing.behind(inspected, inside) if inside is not None else None
     if source is None or around is None:
         return []
     # Its command says what it loads; 'model' is only what it calls that.
     told = {"model": adopted.weights_of(inspected), "args": adopted.command(inspected)}
     wanted = plan.wanted(name, model.model_copy(update=told), mounted=True)
-    hub = Path(source) / "hub" if source.startswith("/") and not around.container else None
-    if around.container and source == around.hf_cache:
-        hub = places.hub_cache(env)
+    hub = Path(source) if source.is_absolute() and not around.container else None
+    if around.container and sharing.shares_cache(inspected, around.hf_cache):
+        hub = _of_containers(model, around, env)
     return [Wanted(name, repo, hub) for repo in (wanted.repos if wanted is not None else ())]
 
 
@@ -118,12 +120,17 @@ def hub_of(model: Model, around: Surroundings | None, env: Mapping[str, str]) ->
     if model.runtime == "process":
         own = places.environment(model, env)
         return None if own is None else places.hub_cache(own)
-    if around is None or not around.hf_cache:
-        return None
-    if around.container:
-        # The same volume or folder is mounted as our own cache: that is how its name was found.
-        return places.hub_cache(env)
-    return Path(around.hf_cache) / "hub" if around.hf_cache.startswith("/") else None
+    return None if around is None else _of_containers(model, around, env)
+
+
+def _of_containers(model: Model, around: Surroundings, env: Mapping[str, str]) -> Path | None:
+    def seen(source: str) -> Path | None:
+        return Path(source) if source.startswith("/") and not around.container else None
+
+    # In a container the same volume or folder is mounted as our own cache: that is how its name was found.
+    ours = None if around.container and around.hf_cache else places.Unseen.CACHE
+    own = places.environment(model, env, seen(around.hf_cache) or ours, seen=seen)
+    return None if own is None else places.hub_cache(own)
 
 
 def kept_in(hub: Path, repo: plan.Repo) -> Kept:
