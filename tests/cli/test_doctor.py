@@ -122,7 +122,7 @@ async def test_what_blocks_for_ever_keeps_nobody() -> None:
 REPORT = Report(
     {
         "Docker": [fine("it answers"), problem("no GPU\nat all", "buy one")],
-        "Room": [warning("little", "more"), note("so it is")],
+        "Room": [warning("little", "more\nof it"), note("so it is")],
     }
 )
 
@@ -133,7 +133,7 @@ def test_findings_are_printed_in_groups_with_their_remedies() -> None:
     printing.show(REPORT, Console(file=out, highlight=False, width=40))
     assert out.getvalue() == (
         "Docker\n  ✓ it answers\n  ✗ no GPU\n    at all\n    → buy one\n\n"
-        "Room\n  ! little\n    → more\n  · so it is\n\n"
+        "Room\n  ! little\n    → more\n      of it\n  · so it is\n\n"
         "1 problem, 1 warning, 1 note, 1 fine\n"
     )
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from modelswap.cli.doctor import adopted, engine, images
+from modelswap.cli.doctor import adopted, engine, images, outside
 from modelswap.cli.doctor.finding import Finding, Level
 from modelswap.cli.doctor.scene import ToldElsewhere
 from modelswap.runtimes.docker.client import DockerAway
@@ -53,6 +54,26 @@ async def test_docker_that_is_away_is_one_problem() -> None:
             await check(seen)
 
 
+async def test_a_docker_that_is_mute_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something accepts the connection and says nothing: that ends the check in time, with what to look at."""
+    monkeypatch.setattr(outside, "_ANSWER_SECONDS", 0.1)
+    gone = asyncio.Event()
+
+    async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await gone.wait()
+        writer.close()
+
+    server = await asyncio.start_unix_server(mute, tmp_path / "docker.sock")
+    env = {"DOCKER_HOST": f"unix://{tmp_path}/docker.sock"}
+    try:
+        async with outside.real_scene(tmp_path, config(MANAGED), config_error=None, deep=False, env=env) as seen:
+            (found,) = await engine.reached(seen)
+    finally:
+        gone.set()
+        server.close()
+    assert found.level is PROBLEM and "Docker did not answer" in str(found.remedy)
+
+
 async def test_a_socket_that_others_own_says_how_to_be_let_in(tmp_path: Path) -> None:
     """The group for a user, its number for a container."""
     socket = tmp_path / "docker.sock"
@@ -76,7 +97,8 @@ async def test_docker_that_answers() -> None:
 @pytest.mark.parametrize(
     ("said", "level"),
     [
-        ({"Version": "19", "ApiVersion": "1.40"}, OK),
+        ({"Version": "20.10", "ApiVersion": "1.41"}, OK),
+        ({"Version": "19.03", "ApiVersion": "1.40"}, WARNING),
         ({"Version": "18", "ApiVersion": "1.39"}, PROBLEM),
         ({"Version": "x"}, WARNING),
         ({"Version": "x", "ApiVersion": "one"}, WARNING),

@@ -250,6 +250,19 @@ async def test_cache_folders_must_be_writable(tmp_path: Path, monkeypatch: pytes
         await weights.caches(scene())
 
 
+async def test_what_an_engine_has_kept_as_root_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache can be written, and one of its repositories can't."""
+    hub = tmp_path / "hub"
+    for repo in ("org/m", "org/n"):
+        cached(hub, repo, WHOLE)
+    closed, access = hub / "models--org--m" / "blobs", os.access
+    monkeypatch.setattr("os.access", lambda path, mode: path != closed and access(path, mode))
+    models = "a: {model: org/m, program: [v], env: {VLLM_CACHE_ROOT: /}}, b: {model: org/n, program: [v]}"
+    found = await weights.caches(scene(models, env={"HF_HOME": str(tmp_path), "VLLM_CACHE_ROOT": "/"}))
+    assert levels(found) == [OK, WARNING, OK]
+    assert f"{closed} can't be written by this user (a)" in found[1].message
+
+
 def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
     """It is named, so that it can be moved."""
     (tmp_path / "hf").write_text("")

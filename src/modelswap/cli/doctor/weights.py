@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -161,8 +161,9 @@ async def caches(scene: Scene) -> list[Finding]:
     folders: dict[Path, list[str]] = {}
     for wanted in await wanted_repos(scene):
         if wanted.hub is not None:
-            models = folders.setdefault(wanted.hub, [])
-            models += [wanted.model] if wanted.model not in models else []
+            for folder in (wanted.hub, *_closed(cache.folder_of(wanted.repo.repo, wanted.hub))):
+                models = folders.setdefault(folder, [])
+                models += [wanted.model] if wanted.model not in models else []
     base = Path(scene.env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     for name, model in scene.models("process").items():
         if model.engine == "openvino":
@@ -173,6 +174,13 @@ async def caches(scene: Scene) -> list[Finding]:
     if not folders:
         raise ToldElsewhere
     return [of_folder(folder, models) for folder, models in folders.items()]
+
+
+def _closed(repo: Path) -> Iterator[Path]:
+    """Yield what of a repository's folder somebody else made: an engine that ran as root, say."""
+    for folder in (repo, repo / "blobs"):
+        if is_there(folder) and not os.access(folder, os.W_OK | os.X_OK):
+            yield folder
 
 
 def of_folder(folder: Path, models: list[str]) -> Finding:
