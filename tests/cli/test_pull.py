@@ -25,6 +25,7 @@ models:
   small: {model: org/small, aliases: [s]}
   other: {model: org/other}
   gguf: {engine: llamacpp, model: /models/x.gguf}
+  itself: {engine: llamacpp, model: "org/x-GGUF:Q4_K_M"}
 """
 MANAGED = """
 models:
@@ -69,6 +70,7 @@ def test_all_models_are_pulled_and_the_second_time_nothing(command: Run, hub: Hu
         assert "downloaded" in table[name, "weights"]
         assert "9.0 MiB" in table[name, "weights"]
     assert "nothing to download" in table["gguf", "-"]
+    assert "left to its engine" in table["itself", "weights"]
     assert "small: weights org/small: downloaded 9.0 MiB in " in ran.err
     asked = len(hub.asked)
     table = rows(command("pull", "-c", str(config)).out)
