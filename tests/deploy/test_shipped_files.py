@@ -72,7 +72,7 @@ def test_both_variants_serve_the_same() -> None:
 
 def test_every_setting_is_documented() -> None:
     """Every variable that the files take is in ``.env.example`` and in docs/docker.md, and none is there in vain."""
-    used = {"COMPOSE_FILE", "COMPOSE_PROJECT_NAME", "HF_TOKEN", "HF_ENDPOINT"}
+    used = {"COMPOSE_FILE", "COMPOSE_PROJECT_NAME", "HF_TOKEN", "HF_ENDPOINT", "HTTPS_PROXY", "NO_PROXY"}
     for file in [*_FILES, *_COMPOSE.glob("modelswap*.yaml")]:
         used |= set(re.findall(r"\$\{(\w+)", file.read_text()))
     example = (_COMPOSE / ".env.example").read_text()
