@@ -246,6 +246,10 @@ async def test_cache_folders_must_be_writable(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("os.access", lambda *_: False)
     found = await weights.caches(scene(models, env=env))
     assert levels(found) == [WARNING] * 3 and "(a)" in found[0].message
+    assert found[0].remedy is not None and found[0].remedy.startswith(f"sudo install -d -o $USER {tmp_path}/hf/hub,")
+    (tmp_path / "hf" / "hub").mkdir(parents=True)
+    found = await weights.caches(scene(models, env=env))
+    assert found[0].remedy is not None and found[0].remedy.startswith(f"sudo chown -R $USER {tmp_path}/hf/hub,")
     with pytest.raises(ToldElsewhere):
         await weights.caches(scene())
 

@@ -191,7 +191,9 @@ def of_folder(folder: Path, models: list[str]) -> Finding:
         return problem(f"{nearest} is in the way of the cache folder {folder} ({names})", "move it away")
     if not os.access(nearest, os.W_OK | os.X_OK):
         message = f"the cache folder {folder} can't be written by this user ({names})"
-        return warning(message, f"sudo chown -R $USER {nearest}, or name another with HF_HOME or VLLM_CACHE_ROOT")
+        # Never what is above it, which may be all of a machine.
+        own = f"sudo chown -R $USER {folder}" if nearest == folder else f"sudo install -d -o $USER {folder}"
+        return warning(message, f"{own}, or name another with HF_HOME or VLLM_CACHE_ROOT")
     return fine(f"the cache folder {folder} can be written")
 
 
