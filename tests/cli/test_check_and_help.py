@@ -80,6 +80,7 @@ models:
   c: {image: i, model: m, args: [-tp, 2], gpus: [0]}
   d: {image: i, model: m, gpus: none}
   e: {engine: custom, image: i, command: [serve]}
+  f: {engine: sglang, image: i, model: m, args: [--tp-size, 4], gpus: [0, 1]}
 docker: {host: "tcp://10.1.2.3:2375"}
 """
 
@@ -109,9 +110,30 @@ def test_check_warns_about_containers_that_look_wrong(
         "models.c: --tensor-parallel-size 2 needs 2 GPUs, and 'gpus' names 1",
         "models.d: with gpus: none it takes a turn on a GPU that it can't see: say device: none",
         "models.e: its command has no {port}, so it can't listen where modelswap expects it: add {port}, or say its",
+        "models.f: --tensor-parallel-size 4 needs 4 GPUs, and 'gpus' names 2",
     )
     assert len(warned) == len(expected)
     assert all(line.startswith(f"warning: {start}") for line, start in zip(warned, expected, strict=True))
+
+
+def test_check_survives_names_that_are_too_long(command: Run, tmp_path: Path) -> None:
+    """Of a model, of its working folder and of the program: no file system takes them."""
+    file, name = tmp_path / "m.yaml", "n" * 300
+    file.write_text(
+        f"models:\n  a: {{model: {name}, program: [{sys.executable}]}}\n  b: {{model: /{name}, program: [/{name}]}}\n"
+        f"  c: {{engine: llamacpp, model: {name}, program: [{sys.executable}]}}\n"
+        f"  d: {{engine: custom, command: [{sys.executable}, '{{port}}'], cwd: /{name}}}\n"
+        f"  e: {{engine: sglang, model: ~/{name}, program: [{sys.executable}]}}\n"
+    )
+    ran = command("check", "-c", str(file))
+    assert ran.code == 0, ran.err
+    for words in (
+        f"there is no program /{name}",
+        f"there is no /{name}",
+        f"cwd /{name} is not",
+        f"there is no ~/{name}",
+    ):
+        assert words in ran.out
 
 
 @pytest.mark.parametrize(

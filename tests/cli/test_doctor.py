@@ -123,7 +123,7 @@ async def test_what_blocks_for_ever_keeps_nobody() -> None:
 REPORT = Report(
     {
         "Docker": [fine("it answers"), problem("no GPU\nat all", "buy one")],
-        "Room": [warning("little", "more"), note("so it is")],
+        "Room": [warning("little", "more\nof it"), note("so it is")],
     }
 )
 
@@ -134,7 +134,7 @@ def test_findings_are_printed_in_groups_with_their_remedies() -> None:
     printing.show(REPORT, Console(file=out, highlight=False, width=40))
     assert out.getvalue() == (
         "Docker\n  ✓ it answers\n  ✗ no GPU\n    at all\n    → buy one\n\n"
-        "Room\n  ! little\n    → more\n  · so it is\n\n"
+        "Room\n  ! little\n    → more\n      of it\n  · so it is\n\n"
         "1 problem, 1 warning, 1 note, 1 fine\n"
     )
 
@@ -206,10 +206,20 @@ def test_a_problem_ends_the_command_with_1(command: Run, file: Path) -> None:
     assert f"✗ {file}:2: models.a" in ran.out and "did you mean 'engine'" in ran.out and "host memory" in ran.out
 
 
-def test_without_a_config_file_the_machine_is_looked_at(command: Run, tmp_path: Path) -> None:
+def test_without_a_config_file_the_machine_is_looked_at(
+    command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before the first config file the doctor can be asked already."""
-    ran = command("doctor", "-c", str(tmp_path / "none.yaml"))
-    assert "there is no" in ran.out and "host memory" in ran.out
+    monkeypatch.chdir(tmp_path)
+    ran = command("doctor")
+    assert "· there is no modelswap.yaml" in ran.out and "host memory" in ran.out
+
+
+@pytest.mark.parametrize("name", ["none.yaml", "n" * 300])
+def test_a_config_file_that_was_named_must_be_there(command: Run, tmp_path: Path, name: str) -> None:
+    """A mistyped name is a problem, not a machine without models."""
+    ran = command("doctor", "-c", str(tmp_path / name))
+    assert ran.code == 1 and f"✗ {tmp_path / name}: " in ran.out and "host memory" in ran.out
 
 
 def test_a_hang_ends_the_process(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -221,7 +231,7 @@ def test_a_hang_ends_the_process(file: Path, monkeypatch: pytest.MonkeyPatch, ca
         return []
 
     monkeypatch.setattr(doctor_command, "CHECKS", (Check("A", "the driver", hangs, limit=0.01),))
-    doctor_command.doctor(file, as_json=True, deep=False, leave=left.append)
+    doctor_command.doctor(file, default=file, as_json=True, deep=False, leave=left.append)
     assert left == [0] and "the driver: no answer" in capsys.readouterr().out
 
 
@@ -373,6 +383,22 @@ async def test_engine_ports_matter_only_where_engines_listen_on_this_machine() -
     with pytest.raises(ToldElsewhere):
         await services.engine_ports(scene("a: {container: c1}"))
     assert levels(await services.engine_ports(scene())) == [OK]
+
+
+async def test_paths_that_cant_be_looked_at_are_judged_all_the_same(tmp_path: Path) -> None:
+    """Python raises for a name that is too long, and for folders that only others may enter."""
+    far = tmp_path / ("n" * 300)
+    models = (
+        f"a: {{model: org/m, program: [{sys.executable}]}}, b: {{model: {'m' * 300}, program: [{sys.executable}]}},"
+        f" c: {{image: i, model: org/m, volumes: ['{far}:/x']}}, d: {{engine: openvino, model: {'m' * 300}}}"
+    )
+    path = tmp_path / "m.yaml"
+    path.write_text("")
+    env = {"HF_HOME": str(far), "XDG_CACHE_HOME": str(far), "XDG_STATE_HOME": str(far)}
+    report = await examine(scene(models, path=path, env=env), doctor_command.CHECKS)
+    assert [found.message for found in report.findings if "could not be looked at" in found.message] == []
+    assert report.hung is False
+    one(report.findings, f"there is no {far} to mount")
 
 
 async def test_all_checks_survive_a_machine_that_breaks_everywhere(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from modelswap.cli.doctor import adopted, engine, images
+from modelswap.cli.doctor import adopted, engine, images, outside
 from modelswap.cli.doctor.finding import Finding, Level
 from modelswap.cli.doctor.scene import ToldElsewhere
 from modelswap.runtimes.docker.client import DockerAway
@@ -53,6 +54,26 @@ async def test_docker_that_is_away_is_one_problem() -> None:
             await check(seen)
 
 
+async def test_a_docker_that_is_mute_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something accepts the connection and says nothing: that ends the check in time, with what to look at."""
+    monkeypatch.setattr(outside, "_ANSWER_SECONDS", 0.1)
+    gone = asyncio.Event()
+
+    async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await gone.wait()
+        writer.close()
+
+    server = await asyncio.start_unix_server(mute, tmp_path / "docker.sock")
+    env = {"DOCKER_HOST": f"unix://{tmp_path}/docker.sock"}
+    try:
+        async with outside.real_scene(tmp_path, config(MANAGED), config_error=None, deep=False, env=env) as seen:
+            (found,) = await engine.reached(seen)
+    finally:
+        gone.set()
+        server.close()
+    assert found.level is PROBLEM and "Docker did not answer" in str(found.remedy)
+
+
 async def test_a_socket_that_others_own_says_how_to_be_let_in(tmp_path: Path) -> None:
     """The group for a user, its number for a container."""
     socket = tmp_path / "docker.sock"
@@ -76,7 +97,8 @@ async def test_docker_that_answers() -> None:
 @pytest.mark.parametrize(
     ("said", "level"),
     [
-        ({"Version": "19", "ApiVersion": "1.40"}, OK),
+        ({"Version": "20.10", "ApiVersion": "1.41"}, OK),
+        ({"Version": "19.03", "ApiVersion": "1.40"}, WARNING),
         ({"Version": "18", "ApiVersion": "1.39"}, PROBLEM),
         ({"Version": "x"}, WARNING),
         ({"Version": "x", "ApiVersion": "one"}, WARNING),
@@ -170,10 +192,12 @@ async def test_what_images_are_given(tmp_path: Path) -> None:
         f"a: {{image: i, model: m, volumes: ['{tmp_path}:/x', '{tmp_path}/none:/y']}},"
         " b: {image: i, model: m, args: [--enforce-eager, -tp, 2], shm_size: 64MiB},"
         " c: {image: i, model: m, volumes: ['v1:/root/.cache'], args: [--tensor-parallel-size, 2]},"
-        " d: {image: i, model: m, env: {VLLM_CACHE_ROOT: /v}, volumes: ['v1:/v'], args: [-tp, 2], ipc: host}"
+        " d: {image: i, model: m, env: {VLLM_CACHE_ROOT: /v}, volumes: ['v1:/v'], args: [-tp, 2], ipc: host},"
+        " e: {engine: sglang, image: i, model: m, args: [--tp, 4], shm_size: 64MiB}"
     )
     found = await images.settings(scene(models))
-    assert levels(found) == [WARNING, NOTE, WARNING]
+    assert levels(found) == [WARNING, NOTE, WARNING, WARNING]
+    assert found[3].message.startswith("e: 4 workers share 64")
     assert f"a: there is no {tmp_path}/none to mount at /y" in found[0].message
     assert found[1].message.startswith("a: what vLLM compiles") and found[2].message.startswith("b: 2 workers share 64")
 
@@ -332,6 +356,61 @@ def test_weights_and_compiled_code_outlive_the_container() -> None:
     assert found_one.level is NOTE and found_one.remedy is not None and "docker.hf_cache: hf" in found_one.remedy
     eager = ["/models/m", "--enforce-eager", "--served-model-name", "org/m"]
     assert judged(mounts=[], cmd=eager) == []
+
+
+SGLANG = "a: {engine: sglang, container: llm-1, model: org/m, memory: 5GiB}"
+SGLANG_CONTAINER: dict[str, Any] = {
+    "entrypoint": ["/opt/nvidia/nvidia_entrypoint.sh"],
+    "cmd": ["python3", "-m", "sglang.launch_server", "--model-path", "org/m", "--host", "0.0.0.0"],
+    "exposed": {},
+    "ports": {"30000/tcp": [{"HostIp": "127.0.0.1", "HostPort": "49153"}]},
+}
+
+
+def test_sglang_is_judged_by_its_own_options() -> None:
+    """What it loads and is called, its slots, share and workers, its cache; nothing is said of what vLLM compiles."""
+    assert judged(SGLANG, **SGLANG_CONTAINER) == []
+    cmd = SGLANG_CONTAINER["cmd"]
+
+    def said(*more: str, text: str = SGLANG, **changed: Any) -> Finding:
+        (only,) = judged(text, **{**SGLANG_CONTAINER, "cmd": [*cmd, *more], **changed})
+        return only
+
+    assert said("--max-running-requests", "64").remedy == "say models.a.concurrency: 64"
+    no_memory = SGLANG.replace(", memory: 5GiB", "")
+    assert said("--mem-fraction-static", "0.5", text=no_memory).remedy == "say models.a.memory: 12GiB"
+    assert said("--served-model-name", "other").remedy == "say models.a.model: other"
+    assert "2 workers share 64 MiB" in said("--tp-size", "2").message
+    assert "downloaded again" in said(mounts=[]).message
+    assert "listens at port 9000" in said("--port", "9000").message
+    # It minds no name.
+    assert judged("a: {engine: sglang, container: llm-1, memory: 5GiB}", **SGLANG_CONTAINER) == []
+    assert adopted.weights_of(container(**SGLANG_CONTAINER)) == "org/m"
+
+
+@pytest.mark.parametrize(
+    ("env", "mount", "hf_cache", "remedy"),
+    [
+        (["HF_HUB_CACHE=/models"], {"Type": "bind", "Source": "/srv/m", "Destination": "/models"}, "", None),
+        (["HF_HOME=/d/hf"], {"Type": "bind", "Source": "/srv", "Destination": "/d"}, "/srv/hf", None),
+        (["XDG_CACHE_HOME=/c"], {"Type": "volume", "Name": "hf", "Destination": "/c/huggingface"}, "hf", None),
+        (["HF_HOME=/d/hf"], {"Type": "bind", "Source": "/srv", "Destination": "/d"}, "x", "docker.hf_cache: /srv/hf"),
+        (["HF_HOME=/d/hf"], {"Type": "volume", "Name": "v", "Destination": "/d"}, "x", "mount x as its HF_HOME"),
+        (["HF_HUB_CACHE=/m"], {"Type": "bind", "Source": "/srv/m", "Destination": "/m"}, "x", "mount x as its HF_HOME"),
+    ],
+)
+def test_a_cache_is_found_where_the_container_has_it(
+    env: list[str], mount: dict[str, Any], hf_cache: str, remedy: str | None
+) -> None:
+    """By every variable that moves it, in a part of what is mounted, too; if it isn't ours, how it becomes so."""
+    around = Surroundings(hf_cache=hf_cache)
+    eager = ["org/m", "--enforce-eager"]
+    found = judged(around=around, env=env, mounts=[mount], cmd=eager)
+    if remedy is None:
+        assert found == []
+    else:
+        (only,) = found
+        assert only.level is NOTE and remedy in str(only.remedy)
 
 
 def test_a_container_on_other_networks_than_ours() -> None:

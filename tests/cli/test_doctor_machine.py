@@ -78,6 +78,13 @@ def test_room_on_the_device(free: float, shares: list[gpu.Share], expected: list
         assert "--gpu-memory-utilization" in str(found[0].remedy)
 
 
+def test_sglang_takes_a_share_of_the_device_by_its_own_option() -> None:
+    """The remedy names it."""
+    models = "a: {engine: sglang, model: org/m, args: [--mem-fraction-static, 0.5], program: [x]}"
+    (found,) = gpu.of_room(config(models), gpu_of(free=11), [])
+    assert found.level is PROBLEM and "--mem-fraction-static" in str(found.remedy)
+
+
 def test_models_that_can_never_fit_or_dont_say() -> None:
     """More than the device has is a problem; what isn't known is worth a word; the CPU's models are left out."""
     models = (
@@ -180,8 +187,12 @@ async def test_weights_of_containers(tmp_path: Path) -> None:
     (found,) = await weights.here(scene(models, docker=docker))
     assert found.level is NOTE and "can't be seen from here" in found.message
     inside = Surroundings(container="c", network="n", hf_cache="hf-volume")
-    env = {"HF_HOME": str(tmp_path)}
+    env = {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": "/where/no/container/looks"}
     assert levels(await weights.here(scene(models, docker=FakeDocker(surroundings=inside), env=env))) == [OK]
+    own = f"a: {{engine: sglang, image: i, model: org/m, volumes: ['{tmp_path}:/root/.cache/huggingface']}}"
+    assert levels(await weights.here(scene(own, docker=FakeDocker(surroundings=Surroundings(hf_cache="/x"))))) == [OK]
+    (found,) = await weights.here(scene(own, docker=FakeDocker(surroundings=inside), env=env))
+    assert "can't be seen from here" in found.message
 
 
 async def test_weights_of_somebody_elses_container(tmp_path: Path) -> None:
@@ -235,8 +246,25 @@ async def test_cache_folders_must_be_writable(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("os.access", lambda *_: False)
     found = await weights.caches(scene(models, env=env))
     assert levels(found) == [WARNING] * 3 and "(a)" in found[0].message
+    assert found[0].remedy is not None and found[0].remedy.startswith(f"sudo install -d -o $USER {tmp_path}/hf/hub,")
+    (tmp_path / "hf" / "hub").mkdir(parents=True)
+    found = await weights.caches(scene(models, env=env))
+    assert found[0].remedy is not None and found[0].remedy.startswith(f"sudo chown -R $USER {tmp_path}/hf/hub,")
     with pytest.raises(ToldElsewhere):
         await weights.caches(scene())
+
+
+async def test_what_an_engine_has_kept_as_root_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache can be written, and one of its repositories can't."""
+    hub = tmp_path / "hub"
+    for repo in ("org/m", "org/n"):
+        cached(hub, repo, WHOLE)
+    closed, access = hub / "models--org--m" / "blobs", os.access
+    monkeypatch.setattr("os.access", lambda path, mode: path != closed and access(path, mode))
+    models = "a: {model: org/m, program: [v], env: {VLLM_CACHE_ROOT: /}}, b: {model: org/n, program: [v]}"
+    found = await weights.caches(scene(models, env={"HF_HOME": str(tmp_path), "VLLM_CACHE_ROOT": "/"}))
+    assert levels(found) == [OK, WARNING, OK]
+    assert f"{closed} can't be written by this user (a)" in found[1].message
 
 
 def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
@@ -278,13 +306,13 @@ async def test_what_is_still_to_come_is_added_up(tmp_path: Path, monkeypatch: py
     models = (
         "a: {model: org/m-7b, program: [v]}, b: {model: org/here-70b, program: [v]}, c: {image: i, model: org/x},"
         " d: {image: i, model: org/y}, e: {image: here, model: org/z}, f: {engine: custom, image: j},"
-        " g: {engine: custom, image: k, pull: never}"
+        " g: {engine: custom, image: k, pull: never}, h: {engine: sglang, image: l, model: /m}"
     )
     docker = FakeDocker(images={"here": Image("1", (), ())}, told={"DockerRootDir": str(tmp_path / "docker")})
     env = {"HF_HOME": str(tmp_path / "hf"), "XDG_STATE_HOME": str(tmp_path)}
     await disk.room(scene(models, docker=docker, env=env))
     (only,) = seen
-    assert only.needed == 14 * 10**9 + (30 + 10) * GIB
+    assert only.needed == 14 * 10**9 + (30 + 10 + 30) * GIB
     assert only.uses == [
         f"state and logs ({tmp_path / 'modelswap'})",
         f"weights ({tmp_path / 'hf' / 'hub'})",

@@ -25,6 +25,7 @@ models:
   small: {model: org/small, aliases: [s]}
   other: {model: org/other}
   gguf: {engine: llamacpp, model: /models/x.gguf}
+  itself: {engine: llamacpp, model: "org/x-GGUF:Q4_K_M"}
 """
 MANAGED = """
 models:
@@ -69,6 +70,7 @@ def test_all_models_are_pulled_and_the_second_time_nothing(command: Run, hub: Hu
         assert "downloaded" in table[name, "weights"]
         assert "9.0 MiB" in table[name, "weights"]
     assert "nothing to download" in table["gguf", "-"]
+    assert "left to its engine" in table["itself", "weights"]
     assert "small: weights org/small: downloaded 9.0 MiB in " in ran.err
     asked = len(hub.asked)
     table = rows(command("pull", "-c", str(config)).out)
@@ -179,6 +181,17 @@ def docker(fake: Any, *, here: bool) -> None:
         "GET /v1.41/images/thing:v1/json": lambda: next(images, (200, image)),
         "POST /v1.41/images/create?fromImage=thing:v1": (200, b"".join(json.dumps(s).encode() + b"\n" for s in stream)),
     }
+
+
+def test_a_cache_that_no_disk_can_hold_fails_alone(
+    command: Run, hub: Hub, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name is too long: told as any other failure."""
+    monkeypatch.setattr("modelswap.weights.places.on_host", lambda: False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / ("n" * 300)))
+    ran = command("pull", "-c", str(config))
+    assert ran.code == 1 and "failed" in rows(ran.out)["small", "weights"]
+    assert "File name too long" in ran.err
 
 
 @pytest.mark.parametrize("here", [False, True])

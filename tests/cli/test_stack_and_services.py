@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 
-from modelswap.cli.failure import Failure
-from modelswap.cli.services import Forgiving, wait_for_token
+from modelswap.cli.failure import ExitCode, Failure
+from modelswap.cli.services import Forgiving, orchestrator, wait_for_token
 from modelswap.cli.stack import Stack, what_drains
 from modelswap.cli.supervisor import Service, Supervisor
+from modelswap.protocol.errors import Code, ModelswapError
+from modelswap.runtimes.docker.client import DockerAway
+from modelswap.runtimes.docker.owner import OtherOwner
 from modelswap.spec.load import loads
 
 DEADLINE = 30.0
@@ -167,6 +170,30 @@ def test_the_token_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     later.join()
     monkeypatch.setenv("MODELSWAP_TOKEN", "other")
     assert wait_for_token(tmp_path, within=0.0) == "other"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (DockerAway("it isn't running"), ExitCode.FAILED),
+        (DockerAway("this user may not", code=Code.MODEL_BROKEN), ExitCode.USAGE),
+        (OtherOwner("another one is here"), ExitCode.USAGE),
+    ],
+)
+def test_only_a_docker_that_may_come_is_worth_another_start(
+    monkeypatch: pytest.MonkeyPatch, error: ModelswapError, code: ExitCode
+) -> None:
+    """`up` and systemd start an orchestrator again unless it ends with 2."""
+
+    def run(path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr("modelswap.cli.services.tie_to_parent", lambda: None)
+    monkeypatch.setattr("modelswap.cli.services.forgive_stderr", lambda: None)
+    monkeypatch.setattr("modelswap.orchestrator.main.run", run)
+    with pytest.raises(Failure) as raised:
+        orchestrator(Path("modelswap.yaml"))
+    assert raised.value.code is code and str(raised.value) == str(error)
 
 
 def test_a_log_that_can_not_be_written_is_no_error() -> None:

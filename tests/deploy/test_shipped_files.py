@@ -72,7 +72,7 @@ def test_both_variants_serve_the_same() -> None:
 
 def test_every_setting_is_documented() -> None:
     """Every variable that the files take is in ``.env.example`` and in docs/docker.md, and none is there in vain."""
-    used = {"COMPOSE_FILE", "COMPOSE_PROJECT_NAME", "HF_TOKEN", "HF_ENDPOINT"}
+    used = {"COMPOSE_FILE", "COMPOSE_PROJECT_NAME", "HF_TOKEN", "HF_ENDPOINT", "HTTPS_PROXY", "NO_PROXY"}
     for file in [*_FILES, *_COMPOSE.glob("modelswap*.yaml")]:
         used |= set(re.findall(r"\$\{(\w+)", file.read_text()))
     example = (_COMPOSE / ".env.example").read_text()
@@ -89,6 +89,14 @@ def test_what_is_not_published_stays_so() -> None:
             for port in service.get("ports", []):
                 assert name in ("api-gateway", "model-orchestrator")
                 assert port.startswith("${MODELSWAP_BIND:-127.0.0.1}:")
+
+
+def test_the_unit_leaves_gpus_to_engines() -> None:
+    """Nothing in it shuts devices out, as ProtectClock does by an implied DeviceAllow (systemd issue 18142)."""
+    text = (_ROOT / "deploy" / "systemd" / "modelswap.service").read_text()
+    said = dict(re.findall(r"^(\w+)=(.*)$", text, re.MULTILINE))
+    assert said["CapabilityBoundingSet"] == "" and said["NoNewPrivileges"] == "yes"
+    assert not {"ProtectClock", "PrivateDevices", "DeviceAllow", "DevicePolicy", "MemoryDenyWriteExecute"} & said.keys()
 
 
 def test_the_images_locks_follow_the_main_one() -> None:

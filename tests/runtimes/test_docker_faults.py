@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import structlog
 from aiohttp import web
 
 from modelswap.engines.base import Launch
@@ -540,7 +541,7 @@ async def test_docker_away_is_told_with_a_remedy(tmp_path: Path) -> None:
 
 
 async def test_docker_that_comes_late_is_waited_for(tmp_path: Path) -> None:
-    """Docker may come up after us."""
+    """Docker may come up after us; that it is waited for is told at once."""
     async with fake_docker(tmp_path / "docker.sock") as fake:
         await fake.go()
 
@@ -549,16 +550,12 @@ async def test_docker_that_comes_late_is_waited_for(tmp_path: Path) -> None:
             await fake.come()
 
         coming = asyncio.create_task(come_late())
-        async with opened(fake, tmp_path / "state") as runtime:
-            assert await runtime.instances() == []
+        with structlog.testing.capture_logs() as logs:
+            async with opened(fake, tmp_path / "state") as runtime:
+                assert await runtime.instances() == []
         await coming
-
-
-async def test_an_address_that_is_none_is_told(tmp_path: Path) -> None:
-    """An address without a scheme is refused with what it should look like."""
-    with pytest.raises(DockerAway, match="unix:///path"):
-        async with open_runtime(tmp_path, config.Docker(host="somewhere"), gpu=0, port_of=lambda _: 8000):
-            pass
+    (waiting,) = [entry for entry in logs if entry["event"] == "waiting for Docker"]
+    assert "systemctl status docker" in waiting["reason"]
 
 
 def test_a_socket_that_may_not_be_used_is_told() -> None:

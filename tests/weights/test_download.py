@@ -286,7 +286,11 @@ async def test_a_gated_model_is_told_with_its_remedy(hub: Hub, env: dict[str, st
         (Model(model="org/none"), errors.NotFound, "has no model org/none; mend 'model', or it is private"),
         (Model(model="org/none", env={"HF_TOKEN": SECRET}), errors.NotFound, "the token that was sent may not see it"),
         (spec(args=["--revision", "v9"]), errors.NotFound, "org/tiny has no revision 'v9'"),
-        (spec(args=["--load-format", "pt"]), errors.NotFound, "no weights of the kind that vLLM loads (it has .bin, "),
+        (
+            spec(args=["--load-format", "pt"]),
+            errors.NotFound,
+            "no weights of the kind that its engine loads (it has .bin, ",
+        ),
         (spec(env={"HF_HUB_OFFLINE": "1"}), errors.Offline, "HF_HUB_OFFLINE forbids"),
         (spec(env={"HF_ENDPOINT": "http://127.0.0.1:9"}), errors.Unreachable, "127.0.0.1:9 can't be reached"),
     ],
@@ -300,6 +304,19 @@ async def test_failures_say_what_is_wrong(
     assert told in str(error)
     assert SECRET not in str(error)
     assert (error.outcome.should_retry is False) == (kind is not errors.Unreachable)
+
+
+async def test_a_password_in_the_hubs_address_is_not_told(hub: Hub, env: dict[str, str]) -> None:
+    """Nor the address as the library repeats it."""
+    hub.repositories[NAME].refused = (418, "a teapot")
+    error = await failure(env | {"HF_ENDPOINT": hub.url.replace("://", "://me:s3cret-word@")})
+    assert "refuses to give" in str(error) and "s3cret-word" not in str(error)
+
+
+async def test_an_address_that_is_none_is_told(env: dict[str, str]) -> None:
+    """The library itself can't be imported with it."""
+    error = await failure(env | {"HF_ENDPOINT": "http://[::1"})
+    assert "Invalid IPv6 URL" in str(error)
 
 
 @pytest.mark.parametrize(("status", "kind"), [(401, errors.Unauthorized), (503, errors.Unreachable)])

@@ -12,6 +12,7 @@ import pytest
 
 from modelswap.spec.config import Docker, Model
 from modelswap.weights import places
+from modelswap.weights.explain import redacted
 from modelswap.weights.places import Unseen, as_on_host, environment, hub_cache, on_host, shared_home
 
 ENVIRONMENTS: list[dict[str, str]] = [
@@ -68,10 +69,34 @@ def test_xet_is_left_to_the_hub_itself() -> None:
     assert (environment(model, other | {"HF_HUB_DISABLE_XET": "0"}) or {})["HF_HUB_DISABLE_XET"] == "0"
 
 
+def test_an_endpoint_that_is_set_to_nothing_is_none() -> None:
+    """As compose passes on a variable that stands in `.env` without a value."""
+    assert environment(Model(model="org/name"), {"HF_ENDPOINT": ""}) == {}
+    assert environment(Model(model="org/name", env={"HF_ENDPOINT": ""}), {"HF_ENDPOINT": "https://m"}) == {}
+    assert places.is_public({"HF_ENDPOINT": ""})
+
+
+def test_secrets_are_known_however_they_are_written() -> None:
+    """A token as the library cleans it and as Python escapes it, and the passwords of addresses."""
+    env = {
+        "HF_TOKEN": "hf_o\x01ne\n",
+        "HUGGING_FACE_HUB_TOKEN": "hf_two",
+        "HF_ENDPOINT": "https://me:p%40ss@mirror.example",
+        "https_proxy": "http://u:proxied@proxy:3128",
+        "HTTP_PROXY": "http://[::1",
+        "NO_PROXY": "a,b",
+        "PATH": "/bin",
+    }
+    said = "hf_o\x01ne hf_o\\x01ne hf_two https://me:p%40ss@mirror.example p@ss http://u:proxied@proxy:3128"
+    assert redacted(said, env) == "… … … https://me:…@mirror.example … http://u:…@proxy:3128"
+    assert redacted("nothing", {"HF_TOKEN": "", "HF_ENDPOINT": "https://mirror.example"}) == "nothing"
+
+
 def test_a_container_uses_our_cache_or_the_one_that_is_shared() -> None:
-    """The folders in its own environment are not ours; a login's token is still found."""
+    """What is mounted there is an HF_HOME, so our HF_HUB_CACHE is none of theirs; a login's token is still found."""
     ours = {"HF_HOME": "/ours", "HF_HUB_CACHE": "/ours/other"}
-    assert environment(managed(), ours) == ours
+    assert environment(Model(model="org/name"), ours) == ours
+    assert environment(managed(), ours) == {"HF_HOME": "/ours", "HF_TOKEN_PATH": "/ours/token"}
     env = environment(managed(), ours, Path("/shared"))
     assert env == {"HF_HOME": "/shared", "HF_TOKEN_PATH": "/ours/token"}
 
@@ -124,6 +149,7 @@ def test_on_dockers_machine_the_shared_cache_is_a_folder(monkeypatch: pytest.Mon
     assert environment(managed(), {}, Unseen.CACHE) is None
     assert environment(managed(volumes=["/srv/hf:/root/.cache"]), {}, Unseen.CACHE, seen=here) is not None
     assert environment(Model(model="org/name"), {}, Unseen.CACHE) == {}
+    assert shared_home(Docker(hf_cache="~/hf"), {"HOME": "/home/u"}, seen=here) == Path("/home/u/hf")
 
 
 def test_in_a_container_the_shared_cache_is_what_is_mounted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,14 @@ async def test_a_disk_that_fills_up_meanwhile_is_told_and_the_rest_comes_later(h
     assert next(home.rglob("model.safetensors")).read_bytes() == hub.repositories["org/tiny"].files["model.safetensors"]
 
 
+async def test_a_disk_that_takes_no_more_files_is_told(hub: Hub, mount: Mount) -> None:
+    """Not even the cache's own folder can be made."""
+    home = mount("size=99m,nr_inodes=1")
+    with pytest.raises(errors.DiskFull, match="df -i"):
+        await prepare_weights("m", SPEC, lambda *_: None, env=env(hub, home))
+    assert not hub.gets()
+
+
 async def test_a_cache_that_may_not_be_written_is_told(hub: Hub, mount: Mount) -> None:
     """A read-only mount, or a folder of somebody else's."""
     home = mount("size=1m,ro")

@@ -19,7 +19,8 @@ from modelswap.cli.settings import load_config
 from modelswap.cli.words import NONE
 from modelswap.engines import options
 from modelswap.engines.base import Address
-from modelswap.engines.registry import engine_for
+from modelswap.engines.programs import is_there
+from modelswap.engines.registry import FROM_HUB, engine_for
 from modelswap.orchestrator.state import state_dir
 from modelswap.protocol.errors import ModelswapError
 from modelswap.spec import volumes
@@ -145,13 +146,13 @@ def _process_warnings(name: str, model: Model) -> Iterator[Warned]:
         yield message, remedy
         return
     program = launch.argv[0]
-    if "/" in program and not Path(launch.cwd or ".", program).exists():
+    if "/" in program and not is_there(Path(launch.cwd or ".", program)):
         yield f"there is no program {program}", "mend its path, or install it"
     elif shutil.which(program, path=launch.env.get("PATH")) is None:
         yield f"{program} is not on PATH, or can't be executed", "give its full path, or install it"
-    if launch.cwd is not None and not Path(launch.cwd).is_dir():
+    if launch.cwd is not None and not is_there(Path(launch.cwd, ".")):
         yield f"cwd {launch.cwd} is not a folder", "make it, or name another"
-    if model.model and model.model.startswith(("/", "~", "./")) and not Path(model.model).expanduser().exists():
+    if model.model and model.model.startswith(("/", "~", "./")) and not is_there(Path(model.model).expanduser()):
         yield f"there is no {model.model}", "mend the path, or download the model to it"
 
 
@@ -160,8 +161,8 @@ def _image_warnings(name: str, model: Model) -> Iterator[Warned]:
     loads = model.model if model.engine != "custom" else None
     if loads and loads.startswith("/") and not any(PurePosixPath(loads).is_relative_to(target) for target in targets):
         yield f"no volume puts {loads} into its container", "add one to 'volumes', unless the image has it"
-    parallel = options.whole(options.value(model.args, "--tensor-parallel-size", "-tp")) or 1
-    if model.engine == "vllm" and parallel > 1 and isinstance(model.gpus, list) and len(model.gpus) < parallel:
+    parallel = options.parallelism(model.args) if model.engine in FROM_HUB else 1
+    if isinstance(model.gpus, list) and len(model.gpus) < parallel:
         message = f"--tensor-parallel-size {parallel} needs {parallel} GPUs, and 'gpus' names {len(model.gpus)}"
         yield message, "name as many in 'gpus'"
     if model.device == "gpu" and model.gpus == "none" and not model.devices:

@@ -132,7 +132,7 @@ def doctor(
     """
     from modelswap.cli.doctor.command import doctor as command
 
-    _end(command(config, as_json=as_json, deep=deep))
+    _end(command(config, default=CONFIG_FILE, as_json=as_json, deep=deep))
 
 
 @app.command(epilog=_epilog("modelswap status", "modelswap status --json | jq .current_model"), rich_help_panel="Look")

@@ -15,6 +15,7 @@ from modelswap.cli.failure import ExitCode, Failure
 from modelswap.cli.pull_screen import Item, Screen, State, summary
 from modelswap.cli.settings import load_config
 from modelswap.cli.words import size
+from modelswap.engines import programs
 from modelswap.protocol.errors import ModelswapError
 from modelswap.spec.config import Config, Model
 from modelswap.weights import plan, wire
@@ -69,9 +70,20 @@ async def _pull(config: Config, models: Sequence[str], items: list[Item], screen
             if plan.wanted(name, spec, mounted=True) is not None:
                 with _item(items, screen, Item(name, "weights", spec.model or "")) as item:
                     await _weights(config, spec, item, screen, newer=newer)
+            elif _fetches_itself(spec):
+                with _item(items, screen, Item(name, "weights", spec.model or "")) as item:
+                    item.end(State.ELSEWHERE)
             if len(items) == before:
                 with _item(items, screen, Item(name, "", "")) as item:
                     item.end(State.NOTHING)
+
+
+def _fetches_itself(spec: Model) -> bool:
+    """Return whether llama.cpp will download the weights when it starts (``-hf``), to a cache of its own."""
+    text = spec.model or ""
+    if spec.engine != "llamacpp" or not text or text.startswith(("/", "~", ".")) or text.endswith(".gguf"):
+        return False
+    return spec.runtime == "managed" or (spec.runtime == "process" and programs.local(text, spec) is None)
 
 
 async def _image(config: Config, spec: Model, ref: str, item: Item, screen: Screen, *, newer: bool) -> None:

@@ -14,7 +14,7 @@ from modelswap.cli import addresses
 from modelswap.cli.failure import ExitCode, Failure
 from modelswap.cli.parent import tie_to_parent
 from modelswap.cli.settings import config_failure, load_config
-from modelswap.protocol.errors import ModelswapError
+from modelswap.protocol.errors import Code, ModelswapError
 from modelswap.spec.errors import ConfigError
 
 _TOKEN: Final = "MODELSWAP_TOKEN"  # noqa: S105 - the variable's name
@@ -33,7 +33,15 @@ def orchestrator(path: Path) -> None:
     except ConfigError as error:
         raise config_failure(error) from error
     except ModelswapError as error:
-        raise Failure(str(error), code=ExitCode.USAGE) from error
+        raise Failure(str(error), code=_code(error)) from error
+
+
+def _code(error: ModelswapError) -> ExitCode:
+    """Return how to end: a Docker that isn't there may come, so that starting again helps."""
+    from modelswap.runtimes.docker.client import DockerAway
+
+    may_come = isinstance(error, DockerAway) and error.code is not Code.MODEL_BROKEN
+    return ExitCode.FAILED if may_come else ExitCode.USAGE
 
 
 def gateway(path: Path, worker: int, url: str | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from modelswap.cli import addresses
@@ -35,7 +36,7 @@ def orchestrator_url(path: Path, url: str | None, *, default: Path) -> str:
     """
     if url:
         return url if "://" in url else f"http://{url}"
-    if path == default and not path.exists():
+    if path == default and not os.path.lexists(path):
         return "http://127.0.0.1:8888"
     try:
         config = load_config(path)

@@ -29,6 +29,11 @@ def given(args: Sequence[str], *names: str) -> bool:
     return any(_same(argument.partition("=")[0]) in wanted for argument in args)
 
 
+def parallelism(args: Sequence[str]) -> int:
+    """Return into how many GPUs vLLM or SGLang is told to split a model."""
+    return whole(value(args, "--tensor-parallel-size", "-tp", "--tp-size", "--tp")) or 1
+
+
 def whole(text: str | None) -> int | None:
     """Return ``text`` as a positive whole number; None if it isn't one."""
     try:

@@ -43,10 +43,18 @@ def folder(model: Model) -> str | None:
     return str(model.cwd) if model.cwd else None
 
 
+def is_there(path: Path) -> bool:
+    """Return whether ``path`` leads to something that we may see.
+
+    `Path.exists` raises where it can't look (until Python 3.14): in others' folders, for names that are too long.
+    """
+    return os.path.exists(path)  # noqa: PTH110 - see above
+
+
 def local(text: str, model: Model) -> Path | None:
     """Return ``text`` as the file or folder it names, seen from the engine's working folder; None if it names none."""
     path = Path(text).expanduser() if text.startswith("~/") else Path(text)
-    return path if (model.cwd or Path()).joinpath(path).exists() else None
+    return path if is_there((model.cwd or Path()) / path) else None
 
 
 def only_wraps(entrypoint: Sequence[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Final
 
 from modelswap.engines.base import Engine
 from modelswap.engines.custom import Custom
@@ -10,6 +11,9 @@ from modelswap.engines.llamacpp import LlamaCpp
 from modelswap.engines.sglang import SGLang
 from modelswap.engines.vllm import Vllm
 from modelswap.spec.config import EngineName
+
+FROM_HUB: Final[tuple[EngineName, ...]] = ("vllm", "sglang")
+"""Those that load from the Hugging Face hub what we download, split models over GPUs, and take a share of a GPU."""
 
 
 @functools.cache

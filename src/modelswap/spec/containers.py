@@ -174,18 +174,23 @@ def check_docker(tree: Tree, docker: object) -> None:
     if not isinstance(docker, dict):
         return
     path: Path = ("docker",)
-    schemes = "write unix:///var/run/docker.sock or tcp://HOST:PORT"
-    host = docker.get("host")
-    if isinstance(host, str) and host.startswith("ssh:"):
-        schemes = "forward it (ssh -NL /path/docker.sock:/var/run/docker.sock HOST), and write unix:///path/docker.sock"
-    _told(tree, (*path, "host"), docker, _is_docker_host, "not an address of Docker", schemes)
+    hint = docker_host_hint(str(docker.get("host")))
+    _told(tree, (*path, "host"), docker, is_docker_host, "not an address of Docker", hint)
     _told(tree, (*path, "project"), docker, _PROJECT.fullmatch, "not a compose project's name", "`docker compose ls`")
     _network(tree, (*path, "network"), docker.get("network"))
     hint = "an absolute folder of Docker's machine, or a volume's name"
     _told(tree, (*path, "hf_cache"), docker, _is_source, "not something to mount", hint)
 
 
-def _is_docker_host(text: str) -> bool:
+def docker_host_hint(text: str) -> str:
+    """Return how to write ``text``, which is no address of Docker that we could use."""
+    if text.startswith("ssh:"):
+        return "forward it (ssh -NL /path/docker.sock:/var/run/docker.sock HOST), and write unix:///path/docker.sock"
+    return "write unix:///var/run/docker.sock or tcp://HOST:PORT"
+
+
+def is_docker_host(text: str) -> bool:
+    """Return whether ``text`` is an address that Docker can have for us."""
     if text.startswith("unix://"):
         return text.removeprefix("unix://").startswith("/")
     name, _, port = text.removeprefix("tcp://").rpartition(":")

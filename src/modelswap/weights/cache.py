@@ -16,6 +16,7 @@ from typing import Final
 
 import msgspec
 
+from modelswap.engines.programs import is_there
 from modelswap.weights.plan import ALL, MAIN, Repo, choose, is_weights
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
@@ -75,9 +76,7 @@ def complete(repo: Repo, hub: Path) -> Found | None:
         return usable(repo, hub)
     snapshot = folder_of(repo.repo, hub) / "snapshots" / commit
     expected = choose(repo, tree)
-    if not snapshot.is_dir() or not expected:
-        return None
-    return _found(snapshot, expected)
+    return _found(snapshot, expected) if expected else None
 
 
 def usable(repo: Repo, hub: Path) -> Found | None:
@@ -122,7 +121,7 @@ def _files(snapshot: Path) -> Iterator[str]:
     for folder, _, names in os.walk(snapshot):
         for name in names:
             path = Path(folder, name)
-            if path.exists():
+            if is_there(path):
                 yield path.relative_to(snapshot).as_posix()
 
 

@@ -35,6 +35,7 @@ _QUIET: Final = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_UPDATE_CHECK": "1",
 }
+_PROTOCOL: Final = b"{"
 _SAID: Final[msgspec.json.Decoder[wire.Said]] = msgspec.json.Decoder(wire.Said)
 
 Told = Callable[[wire.Progress], None]
@@ -199,6 +200,10 @@ async def _converse(
             process.stdin.write(msgspec.json.encode(job) + b"\n")
             await process.stdin.drain()
         async for line in process.stdout:
+            if not line.startswith(_PROTOCOL):
+                # It has not come to take its output for itself: a library that can't be imported, say.
+                last.append(line.decode(errors="replace").strip())
+                continue
             said = _SAID.decode(line)
             if not isinstance(said, wire.Progress):
                 return said

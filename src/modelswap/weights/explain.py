@@ -8,7 +8,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from modelswap.weights import errors
-from modelswap.weights.places import HUB, is_public, secrets
+from modelswap.weights.places import HUB, has_token, is_public, secrets
 from modelswap.weights.wire import Failed
 
 _GIVE_ONE: Final = 'env: {HF_TOKEN: "${HF_TOKEN}"}'
@@ -19,7 +19,7 @@ def explain(failed: Failed, env: Mapping[str, str]) -> errors.WeightsUnavailable
     repo, hub = failed.repo, hub_name(env)
     page = f"{HUB}/{repo}" if is_public(env) else f"its page at {hub}"
     revision = failed.revision or "main"
-    shown = bool(secrets(env))
+    shown = has_token(env)
     match failed.kind:
         case "not_found":
             private = (
@@ -32,7 +32,7 @@ def explain(failed: Failed, env: Mapping[str, str]) -> errors.WeightsUnavailable
             return errors.NotFound(f"{repo} has no revision '{revision}' at {hub}; mend --revision in args")
         case "no_weights":
             return errors.NotFound(
-                f"{repo} has no weights of the kind that vLLM loads (it has {failed.detail or 'no files'});"
+                f"{repo} has no weights of the kind that its engine loads (it has {failed.detail or 'no files'});"
                 " name another repository, or its format with --load-format in args"
             )
         case "gated":
@@ -73,10 +73,11 @@ def explain(failed: Failed, env: Mapping[str, str]) -> errors.WeightsUnavailable
                 " unless something between here and there changes downloads"
             )
         case "disk_full":
+            else_full = "" if failed.needed > failed.free else " (a quota is used up, or the inodes: df -i)"
             return errors.DiskFull(
                 f"no room for {repo} in {failed.folder}: {size(failed.needed)} are still to come, and"
-                f" {size(failed.free)} are free; make room there, or set HF_HOME to a folder on a larger disk."
-                " What came is kept",
+                f" {size(failed.free)} are free{else_full}; make room there, or set HF_HOME to a folder on a larger"
+                " disk. What came is kept",
                 folder=failed.folder,
                 needed=failed.needed,
                 free=failed.free,
@@ -92,7 +93,11 @@ def explain(failed: Failed, env: Mapping[str, str]) -> errors.WeightsUnavailable
 
 def hub_name(env: Mapping[str, str]) -> str:
     """Return the hub's host name; a password in ``HF_ENDPOINT`` is not told."""
-    parts = urlsplit(env.get("HF_ENDPOINT") or HUB)
+    address = env.get("HF_ENDPOINT") or HUB
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return address.rpartition("@")[2]
     return parts.netloc.rpartition("@")[2] or parts.path
 
 

@@ -22,6 +22,7 @@ import msgspec
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 
+from modelswap.engines.programs import is_there
 from modelswap.weights import cache, resuming, wire
 from modelswap.weights.cache import Entry, folder_of
 from modelswap.weights.faults import NoRoom, NoWeights, kind
@@ -180,7 +181,8 @@ def _need_room(parts: Sequence[Part]) -> None:
 
 def _room(hub: Path, parts: Sequence[Part]) -> tuple[int, int]:
     """Return how many bytes are still to come into a cache folder, and how many are free there."""
-    return sum(part.total - part.here() for part in parts if part.hub == hub), shutil.disk_usage(hub).free
+    there = next(filter(is_there, (hub, *hub.parents)))
+    return sum(part.total - part.here() for part in parts if part.hub == hub), shutil.disk_usage(there).free
 
 
 def _prefetch(part: Part) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Final
+from urllib.parse import unquote, urlsplit
 
 from modelswap.engines import options
 from modelswap.spec import config
@@ -39,10 +40,12 @@ _PLACES: Final = (
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
 )  # fmt: skip
 _TOKENS: Final = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_ENDPOINT: Final = "HF_ENDPOINT"
 _OURS_ALONE: Final = ("MODELSWAP_TOKEN",)
 _OF_THE_HUB: Final = re.compile(
     r"HF_\w+|HUGGING_?FACE_\w+|TRANSFORMERS_OFFLINE|(?:https?|all|no)_proxy|(?:HTTPS?|ALL|NO)_PROXY"
 )
+_ADDRESS: Final = re.compile(r"HF_ENDPOINT|(?:https?|all)_proxy", re.IGNORECASE)
 _VARIABLE: Final = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 
 
@@ -70,7 +73,8 @@ def environment(
     It is ``env``, and on top of it what the model's own ``env`` says about the hub: token, endpoint, offline mode,
     proxies, and its folders if the engine is a process of ours. A token in the engine's arguments goes first.
 
-    ``cache`` is that of containers, unless one mounts its own (`Seen`). Returns None if we can't see it.
+    ``cache`` is that of containers, unless one mounts its own (`Seen`). Of ours they see what lies in ``HF_HOME``,
+    whatever ``HF_HUB_CACHE`` says. Returns None if we can't see it.
     """
     found = {name: value for name, value in env.items() if name not in _OURS_ALONE}
     own = {name: value for name, value in spec.env.items() if _OF_THE_HUB.fullmatch(name) or name in _PLACES}
@@ -79,16 +83,21 @@ def environment(
         mounted = _mounted(spec, seen)
         if mounted is None or (not mounted and isinstance(cache, Unseen)):
             return None
-        if mounted or cache is not None:
-            own["HF_TOKEN_PATH"] = found.get("HF_TOKEN_PATH") or str(_home(found) / "token")
-            found = {name: value for name, value in found.items() if name not in _CACHES}
-            own |= {"HF_HUB_CACHE": str(mounted[0])} if mounted else {"HF_HOME": str(cache)}
+        own["HF_TOKEN_PATH"] = found.get("HF_TOKEN_PATH") or str(_home(found) / "token")
+        found = {name: value for name, value in found.items() if name not in _CACHES}
+        if mounted:
+            own["HF_HUB_CACHE"] = str(mounted[0])
+        elif cache is not None:
+            own["HF_HOME"] = str(cache)
     token = options.value(spec.args, "--hf-token")
     if token and not token.startswith("-"):
         own["HF_TOKEN"] = token
     if any(own.get(name) for name in _TOKENS):
         found = {name: value for name, value in found.items() if name not in _TOKENS}
     found |= own
+    if not found.get(_ENDPOINT):
+        # What compose makes of a variable that is set to nothing; the library would ask nobody's address.
+        found.pop(_ENDPOINT, None)
     if not is_public(found):
         # Others need not speak Xet; and a plain download can be taken up again in the middle of a file.
         found.setdefault("HF_HUB_DISABLE_XET", "1")
@@ -101,12 +110,13 @@ def shared_home(docker: config.Docker, env: Mapping[str, str] = os.environ, *, s
     On Docker's machine that is the folder that ``docker.hf_cache`` names, else our own; a volume we don't see. In a
     container it is our own ``HF_HOME`` if something is mounted there, or over it: the same is then taken for engines.
     """
-    if docker.hf_cache is not None and (found := seen(docker.hf_cache)) is not None:
+    named = docker.hf_cache and _expanded(docker.hf_cache, env)
+    if named is not None and (found := seen(str(named))) is not None:
         return found
     if on_host():
         return None if docker.hf_cache is None else Unseen.CACHE
     home = _home(env).absolute()
-    return None if any(folder.is_mount() for folder in (home, *home.parents[:-1])) else Unseen.CACHE
+    return None if any(map(_is_mount, (home, *home.parents[:-1]))) else Unseen.CACHE
 
 
 def hub_cache(env: Mapping[str, str]) -> Path:
@@ -119,12 +129,30 @@ def hub_cache(env: Mapping[str, str]) -> Path:
 
 def is_public(env: Mapping[str, str]) -> bool:
     """Return whether huggingface.co itself is asked, and not another server that ``HF_ENDPOINT`` names."""
-    return env.get("HF_ENDPOINT", HUB).rstrip("/") == HUB
+    return (env.get(_ENDPOINT) or HUB).rstrip("/") == HUB
+
+
+def has_token(env: Mapping[str, str]) -> bool:
+    """Return whether a token was given by its variable."""
+    return any(env.get(name) for name in _TOKENS)
 
 
 def secrets(env: Mapping[str, str]) -> list[str]:
-    """Return what must not be told to anybody."""
-    return [env[name] for name in _TOKENS if env.get(name)]
+    """Return what must not be told to anybody, as it may be written: tokens, and the passwords in addresses."""
+    found = [env[name] for name in _TOKENS if env.get(name)]
+    for name in filter(_ADDRESS.fullmatch, env):
+        with contextlib.suppress(ValueError):
+            password = urlsplit(env[name]).password or ""
+            found += [password, unquote(password)]
+    # The library cleans tokens, and Python escapes what it can't print.
+    spelled = {form for each in found for form in (each, each.strip(), repr(each.strip())[1:-1])}
+    return sorted(spelled - {""}, key=len, reverse=True)
+
+
+def _is_mount(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return folder.is_mount()
+    return False
 
 
 def _is_dockerd(process: Path) -> bool:

@@ -25,6 +25,7 @@ from typing import Final
 import msgspec
 
 from modelswap.engines import options, programs
+from modelswap.engines.registry import FROM_HUB
 from modelswap.spec.config import Model
 
 MAIN: Final = "main"
@@ -32,7 +33,6 @@ MAIN: Final = "main"
 ALL: Final = ("*",)
 """A repository's every file."""
 
-_ENGINES: Final = ("vllm", "sglang")
 _IGNORED: Final = ("original/**/*",)
 # Never read, however small.
 _ASIDE: Final = ("original/*", "onnx/*", "openvino/*", "coreml/*", "metal/*")
@@ -97,7 +97,7 @@ def wanted(
     ``mounted`` says that the container that somebody else made (``container``, ``compose_service``) shares our cache.
     ``local`` finds a text as a file or folder, for engines that are our processes.
     """
-    if spec.engine not in _ENGINES or (spec.runtime == "adopted" and not mounted) or _from_modelscope(spec):
+    if spec.engine not in FROM_HUB or (spec.runtime == "adopted" and not mounted) or _from_modelscope(spec):
         return None
     folder = options.value(spec.args, "--download-dir")
     if folder is not None and spec.runtime != "process":
@@ -141,7 +141,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _from_modelscope(spec: Model) -> bool:
-    said = (spec.env.get(f"{engine.upper()}_USE_MODELSCOPE", "") for engine in _ENGINES)
+    said = (spec.env.get(f"{engine.upper()}_USE_MODELSCOPE", "") for engine in FROM_HUB)
     return any(text.lower() in ("1", "true") for text in said)
 
 

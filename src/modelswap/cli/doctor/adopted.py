@@ -8,19 +8,18 @@ from pathlib import PurePosixPath
 from typing import Any, Final
 
 from modelswap.cli.doctor.finding import Finding, fine, note, problem, warning
-from modelswap.cli.doctor.images import COMPILED, parallelism
 from modelswap.cli.doctor.scene import Scene, ToldElsewhere
 from modelswap.engines import options
-from modelswap.engines.registry import engine_for
+from modelswap.engines.registry import FROM_HUB, engine_for
 from modelswap.protocol.errors import ModelswapError
+from modelswap.runtimes.docker import sharing
 from modelswap.runtimes.docker.body import container_port
 from modelswap.runtimes.docker.surroundings import Surroundings
 from modelswap.spec.config import Model
 
 _LOOPBACK: Final = ("127.", "::1")
-_CACHE: Final = PurePosixPath("/root/.cache/huggingface")
 _DOCKERS_SHM: Final = 64 << 20
-_USUAL_SHARE: Final = 0.92
+_WHOLE: Final = 1 << 40
 
 Inspected = Mapping[str, Any]
 
@@ -75,30 +74,9 @@ def command(inspected: Inspected) -> list[str]:
 
 
 def weights_of(inspected: Inspected) -> str | None:
-    """Return which weights a vLLM container is started with; None where its command doesn't say."""
+    """Return which weights a vLLM or SGLang container is started with; None where its command doesn't say."""
     words = command(inspected)
-    return options.value(words, "--model") or _positional(words)
-
-
-def cache_of(inspected: Inspected) -> tuple[PurePosixPath, str | None]:
-    """Return where in a container the Hugging Face cache is, and what is mounted there (None: nothing)."""
-    place = PurePosixPath(_env(inspected).get("HF_HOME") or str(_CACHE))
-    return place, _mounted(inspected, place)
-
-
-def _env(inspected: Inspected) -> dict[str, str]:
-    pairs = (str(each).partition("=") for each in inspected.get("Config", {}).get("Env") or ())
-    return {name: value for name, _, value in pairs}
-
-
-def _mounted(inspected: Inspected, place: PurePosixPath) -> str | None:
-    """Return the volume's name, or the folder, that is mounted at ``place`` or above it."""
-    around = [
-        (str(each.get("Destination", "")), str(each.get("Name") or each.get("Source") or ""))
-        for each in inspected.get("Mounts") or ()
-        if place.is_relative_to(str(each.get("Destination", "")))
-    ]
-    return max(around, key=lambda mount: len(mount[0]))[1] if around else None
+    return options.value(words, "--model", "--model-path") or _positional(words)
 
 
 def _restarts(name: str, inspected: Inspected) -> Iterator[Finding]:
@@ -166,19 +144,24 @@ def _gpu(name: str, model: Model, inspected: Inspected) -> Iterator[Finding]:
 
 
 def _options(name: str, model: Model, words: Sequence[str], total: int | None) -> Iterator[Finding]:
-    if model.engine != "vllm":
+    if model.engine not in FROM_HUB:
         return
-    slots = options.whole(options.value(words, "--max-num-seqs"))
-    if slots is not None and model.concurrency is None and slots != engine_for("vllm").slots(model):
-        message = f"{name}: it runs {slots} requests at once (--max-num-seqs), which modelswap doesn't know"
+    engine = engine_for(model.engine)
+    # As if it were ours: then the engine reads its options, or knows what is usual.
+    told = model.model_copy(update={"container": None, "compose_service": None, "args": list(words)})
+    slots = engine.slots(told)
+    if slots != engine.slots(model):
+        message = f"{name}: it runs {slots} requests at once, as its command says, and modelswap doesn't know"
         yield note(message, f"say models.{name}.concurrency: {slots}")
     if model.memory is None and model.device == "gpu":
-        share = options.share(options.value(words, "--gpu-memory-utilization")) or _USUAL_SHARE
+        share = (engine.device_bytes(told, _WHOLE) or 0) / _WHOLE
         size = f"{share * total / (1 << 30):.0f}GiB" if total else f"{share:g} of the GPU's, e.g. 20GiB"
         message = f"{name}: it takes {share:.0%} of the GPU's memory, which modelswap doesn't know"
         yield note(message, f"say models.{name}.memory: {size}")
-    served = options.value(words, "--served-model-name") or options.value(words, "--model") or _positional(words)
-    if served is not None and served not in (model.model or name, *_names(words)):
+    served = options.value(words, "--served-model-name", "--model", "--model-path") or _positional(words)
+    # SGLang minds no name that it is called by.
+    wanted = model.model or (name if model.engine == "vllm" else None)
+    if served is not None and wanted is not None and wanted not in (served, *_names(words)):
         yield problem(f"{name}: it serves its model as {served}", f"say models.{name}.model: {served}")
 
 
@@ -200,27 +183,43 @@ def _names(words: Sequence[str]) -> list[str]:
 
 
 def _kept(name: str, model: Model, inspected: Inspected, around: Surroundings) -> Iterator[Finding]:
-    if model.engine != "vllm":
+    if model.engine not in FROM_HUB:
         return
-    hub, source = cache_of(inspected)
+    hub = sharing.hub_of(inspected)
+    source = sharing.behind(inspected, hub) if hub is not None else None
     weights = weights_of(inspected) or ""
-    if source is None and not weights.startswith("/"):
+    if hub is not None and source is None and not weights.startswith("/"):
         message = f"{name}: its weights are downloaded again whenever its container is made anew ({hub} is not mounted)"
-        yield warning(message, f"mount the Hugging Face cache at {hub} in its compose file")
-    elif source is not None and around.hf_cache and source != around.hf_cache:
-        message = f"{name}: its Hugging Face cache ({source}) is another than modelswap's ({around.hf_cache})"
-        yield note(message, f"say docker.hf_cache: {source}, so that weights are fetched to where it looks")
-    compiled = PurePosixPath(_env(inspected).get("VLLM_CACHE_ROOT") or str(COMPILED))
-    eager = options.given(command(inspected), "--enforce-eager")
-    if not eager and _mounted(inspected, compiled) is None:
+        yield warning(message, f"mount the Hugging Face cache at {_home(hub)} in its compose file")
+    elif source is not None and around.hf_cache and not sharing.shares_cache(inspected, around.hf_cache):
+        message = f"{name}: its Hugging Face cache ({_home(source)}) is another than modelswap's ({around.hf_cache})"
+        yield note(message, _one_cache(source, around))
+    caches = sharing.caches_of(inspected)
+    told = sharing.environment(inspected).get("VLLM_CACHE_ROOT")
+    compiled = PurePosixPath(told) if told else caches / "vllm" if caches is not None else None
+    if model.engine != "vllm" or compiled is None or options.given(command(inspected), "--enforce-eager"):
+        return
+    if sharing.behind(inspected, compiled) is None:
         message = f"{name}: what vLLM compiles (minutes of a first start) is lost whenever its container is made anew"
         yield note(message, f"keep it in a volume mounted at {compiled}")
 
 
+def _home(hub: PurePosixPath) -> PurePosixPath:
+    return hub.parent if hub.name == "hub" else hub
+
+
+def _one_cache(source: PurePosixPath, around: Surroundings) -> str:
+    """Return how both come to look into one cache: what can be mounted as a whole can be ours, too."""
+    home = source.parent
+    if source.name == "hub" and (home.is_absolute() or len(home.parts) == 1):
+        return f"say docker.hf_cache: {home}, so that weights are fetched to where it looks"
+    return f"mount {around.hf_cache} as its HF_HOME in its compose file, so that weights are fetched to where it looks"
+
+
 def _shared_memory(name: str, model: Model, inspected: Inspected) -> Iterator[Finding]:
     host = inspected.get("HostConfig", {})
-    parallel = parallelism(command(inspected))
+    parallel = options.parallelism(command(inspected))
     little = int(host.get("ShmSize") or _DOCKERS_SHM) <= _DOCKERS_SHM and host.get("IpcMode") != "host"
-    if model.engine == "vllm" and parallel > 1 and little:
+    if model.engine in FROM_HUB and parallel > 1 and little:
         message = f"{name}: {parallel} workers share 64 MiB of memory, Docker's default; NCCL wants more"
         yield problem(message, "say ipc: host, or shm_size: 8gb, in its compose file")

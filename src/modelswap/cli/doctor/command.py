@@ -44,12 +44,15 @@ CHECKS: Final = (
 )
 
 
-def doctor(path: Path, *, as_json: bool, deep: bool, leave: Callable[[int], None] = os._exit) -> ExitCode:
+def doctor(
+    path: Path, *, default: Path, as_json: bool, deep: bool, leave: Callable[[int], None] = os._exit
+) -> ExitCode:
     """Look, print what was found, and return 1 if something will not work.
 
-    ``leave`` ends the process where something hangs that Python would wait for (a GPU driver, a network disk).
+    There need not be a config file at ``path`` if it is the ``default``: then the machine is looked at. ``leave`` ends
+    the process where something hangs that Python would wait for (a GPU driver, a network disk).
     """
-    config, error = _config(path)
+    config, error = _config(path, default)
     report = asyncio.run(_report(path, config, error, deep=deep))
     if as_json:
         sys.stdout.write(printing.as_json(report) + "\n")
@@ -67,12 +70,10 @@ async def _report(path: Path, config: Config, error: str | None, *, deep: bool) 
         return await examine(scene, CHECKS)
 
 
-def _config(path: Path) -> tuple[Config, str | None]:
-    """Return the config, or one with nothing but defaults and why; a file that isn't there is no error."""
-    empty = Config(models={})
-    if not path.exists():
-        return empty, None
+def _config(path: Path, default: Path) -> tuple[Config, str | None]:
+    """Return the config, or one with nothing but defaults and why; none at the usual place is no error."""
     try:
         return load(path), None
     except ConfigError as error:
-        return empty, str(error)
+        nobody_asked = path == default and not os.path.lexists(path)
+        return Config(models={}), None if nobody_asked else str(error)

@@ -14,11 +14,13 @@ from modelswap.cli.doctor import weights
 from modelswap.cli.doctor.finding import Finding, fine, note, problem, warning
 from modelswap.cli.doctor.scene import Scene, ToldElsewhere, in_thread
 from modelswap.cli.words import size
+from modelswap.engines.programs import is_there
+from modelswap.engines.registry import FROM_HUB
 from modelswap.orchestrator.state import state_dir
 
 GIB: Final = 1 << 30
-_VLLM_IMAGE: Final = 30 * GIB
-"""What vLLM's image takes unpacked, with what its pull needs meanwhile."""
+_CUDA_IMAGE: Final = 30 * GIB
+"""What vLLM's and SGLang's images take unpacked, with what their pull needs meanwhile."""
 _OTHER_IMAGE: Final = 10 * GIB
 _UNKNOWN_WEIGHTS: Final = 10 * GIB
 _SCARCE: Final = 2 * GIB
@@ -46,7 +48,7 @@ async def room(scene: Scene) -> list[Finding]:
         wants += await _images(scene)
     disks: dict[int, Disk] = {}
     for folder, use, needed in wants:
-        place = next(path for path in (folder, *folder.parents) if path.exists())
+        place = next(filter(is_there, (folder, *folder.parents)))
         number, usage = await in_thread(lambda place=place: (place.stat().st_dev, shutil.disk_usage(place)))  # type: ignore[misc]
         disk = disks.setdefault(number, Disk(usage.total, usage.free))
         text = f"{use} ({folder})"
@@ -72,10 +74,10 @@ async def _images(scene: Scene) -> list[tuple[Path, str, int]]:
     around = await scene.around()
     root = Path(str((await docker.info()).get("DockerRootDir") or "/var/lib/docker"))
     # Only on Docker's own machine is that folder the one it means.
-    if around.container or not docker.where.startswith("unix://") or not root.parent.exists():
+    if around.container or not docker.where.startswith("unix://") or not is_there(root.parent):
         return []
     missing = {
-        model.image: _VLLM_IMAGE if model.engine == "vllm" else _OTHER_IMAGE
+        model.image: _CUDA_IMAGE if model.engine in FROM_HUB else _OTHER_IMAGE
         for model in scene.models("managed").values()
         if model.pull != "never" and await scene.image(model.image or "") is None
     }

@@ -16,6 +16,8 @@ from modelswap.spec.config import Model
 
 OLDEST_API: Final = (1, 40)
 """Docker 19.03, the first that gives GPUs to containers."""
+TESTED_API: Final = (1, 41)
+"""Docker 20.10, the oldest that modelswap is tested with."""
 _START: Final = "start it (systemctl start docker), or say where it is: docker.host, or $DOCKER_HOST"
 _TOOLKIT: Final = (
     "install the NVIDIA Container Toolkit, run `nvidia-ctk runtime configure --runtime=docker`, and restart Docker"
@@ -61,6 +63,8 @@ def of_version(said: Mapping[str, Any], where: str) -> Finding:
         return warning(told, "it doesn't say which API it speaks; is that really Docker?")
     if (major, minor) < OLDEST_API:
         return problem(f"{told}, which is too old", f"update it: API {OLDEST_API[0]}.{OLDEST_API[1]} is needed")
+    if (major, minor) < TESTED_API:
+        return warning(f"{told}, with which modelswap isn't tested", "update it to Docker 20.10 or newer")
     return fine(told)
 
 
@@ -120,4 +124,4 @@ def _group_of(where: str) -> int | None:
 
 
 def _reason(away: BaseException) -> str:
-    return str(away.__cause__ or away).splitlines()[0]
+    return (str(away.__cause__ or "") or str(away)).splitlines()[0]

@@ -11,6 +11,7 @@ from typing import Final
 
 from modelswap.cli.doctor.finding import Finding, fine, problem, warning
 from modelswap.cli.doctor.scene import Scene, ToldElsewhere
+from modelswap.engines.programs import is_there
 from modelswap.orchestrator.state import state_dir
 from modelswap.spec.config import Config
 
@@ -59,8 +60,8 @@ def of_state(folder: Path, *, inside: bool = False) -> list[Finding]:
 
     ``inside`` a container the folder is a volume that belongs to modelswap's containers, whatever user they run as.
     """
-    if not folder.exists():
-        above = next(path for path in folder.parents if path.exists())
+    if not is_there(folder):
+        above = next(filter(is_there, folder.parents))
         if not os.access(above, os.W_OK | os.X_OK):
             message = f"the state folder {folder} can't be made: {above} can't be written by this user"
             return [problem(message, "name another in orchestrator.state_dir")]

@@ -17,6 +17,8 @@ from modelswap.engines.registry import engine_for
 from modelswap.runtimes.processes import PREFIX
 from modelswap.spec.config import Config
 
+_SHARES: Final[Mapping[str, str]] = {"vllm": "--gpu-memory-utilization", "sglang": "--mem-fraction-static"}
+"""How engines are told which share of the device's memory to take."""
 _CONTAINER: Final = re.compile(r"[0-9a-f]{64}")
 _ENOUGH_TO_TELL: Final = 256 << 20
 """Bytes below which a stranger on the GPU (a desktop's cursor) is not worth a word."""
@@ -133,8 +135,9 @@ def _taken(strangers: list[Share]) -> str:
 
 
 def _make_room(name: str, config: Config) -> str:
-    if config.models[name].engine == "vllm" and config.models[name].runtime != "adopted":
-        return "end what else uses the GPU, or lower --gpu-memory-utilization in its args"
+    option = _SHARES.get(config.models[name].engine)
+    if option is not None and config.models[name].runtime != "adopted":
+        return f"end what else uses the GPU, or lower {option} in its args"
     return f"end what else uses the GPU, or lower models.{name}.memory"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -10,6 +9,8 @@ from modelswap.cli.doctor.engine import wants_gpu
 from modelswap.cli.doctor.finding import Finding, fine, note, problem, warning
 from modelswap.cli.doctor.scene import Scene, ToldElsewhere
 from modelswap.engines import options
+from modelswap.engines.programs import is_there
+from modelswap.engines.registry import FROM_HUB
 from modelswap.runtimes.docker.images import Image
 from modelswap.spec.config import Model
 from modelswap.spec.volumes import parse
@@ -64,7 +65,7 @@ def of_folders(name: str, model: Model) -> list[Finding]:
             f"make it, or mend models.{name}.volumes",
         )
         for volume in map(parse, model.volumes)
-        if volume.is_folder and not Path(volume.source).exists()
+        if volume.is_folder and not is_there(Path(volume.source))
     ]
 
 
@@ -80,19 +81,14 @@ def of_compiled(name: str, model: Model) -> Finding | None:
 
 
 def of_shared_memory(name: str, model: Model) -> Finding | None:
-    """Judge whether vLLM's workers can talk to each other."""
-    parallel = parallelism(model.args)
-    if model.engine != "vllm" or parallel < 2 or model.ipc is not None:
+    """Judge whether an engine's workers can talk to each other."""
+    parallel = options.parallelism(model.args)
+    if model.engine not in FROM_HUB or parallel < 2 or model.ipc is not None:
         return None
     if model.shm_size is not None and model.shm_size < 1 << 30:
         message = f"{name}: {parallel} workers share {model.shm_size.human_readable()} of memory, which is little"
         return warning(message, "say shm_size: 8GiB, or ipc: host")
     return None
-
-
-def parallelism(args: Sequence[str]) -> int:
-    """Return into how many GPUs vLLM is told to split a model."""
-    return options.whole(options.value(args, "--tensor-parallel-size", "-tp")) or 1
 
 
 async def see_gpus(scene: Scene) -> list[Finding]:

@@ -28,6 +28,8 @@ from modelswap.spec.config import Config, Model
 
 _PATIENCE: Final = 0.0
 """A doctor doesn't wait for a Docker that is away."""
+_ANSWER_SECONDS: Final = 8.0
+"""Less than a check may take, so that its end says what is wrong."""
 _LOOK_SECONDS: Final = 60.0
 # The NVIDIA toolkit puts nvidia-smi into containers with the capability utility; images may ask for less.
 _LOOK: Final = ("/bin/sh", "-c", "nvidia-smi -L || ls /dev/nvidia[0-9]*")
@@ -131,7 +133,11 @@ async def real_scene(
         async def connect() -> Engine:
             docker = client.open_docker(config.docker.host, env)
             opened.push_async_callback(docker.close)
-            await client.connect(docker, _PATIENCE)
+            try:
+                async with asyncio.timeout(_ANSWER_SECONDS):
+                    await client.connect(docker, _PATIENCE)
+            except TimeoutError as mute:
+                raise client.failure(mute, "connecting to it") from mute
             return DockerSide(docker, config, env)
 
         async def read_gpu() -> Gpu:

@@ -44,7 +44,9 @@ def _lines(finding: Finding, *, plain: bool) -> list[Text]:
     lines = [Text.assemble("  ", (ascii_symbol if plain else symbol, style), " ", message)]
     lines += [Text(f"    {line}") for line in more]
     if finding.remedy:
-        lines.append(Text.assemble("    ", ("->" if plain else "→", "dim"), " ", finding.remedy))
+        arrow, (first, *more) = "->" if plain else "→", finding.remedy.splitlines()
+        lines.append(Text.assemble("    ", (arrow, "dim"), " ", first))
+        lines += [Text(f"    {' ' * len(arrow)} {line}") for line in more]
     return lines
 
 

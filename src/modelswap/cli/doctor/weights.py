@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +14,9 @@ from modelswap.cli.doctor import adopted
 from modelswap.cli.doctor.finding import Finding, fine, note, problem, warning
 from modelswap.cli.doctor.scene import Scene, ToldElsewhere, in_thread
 from modelswap.cli.words import size
+from modelswap.engines.programs import is_there
 from modelswap.protocol.errors import ModelswapError
+from modelswap.runtimes.docker import sharing
 from modelswap.runtimes.docker.surroundings import Surroundings
 from modelswap.spec.config import Model
 from modelswap.weights import cache, places, plan
@@ -100,15 +102,16 @@ def of_adopted(
     env: Mapping[str, str] = os.environ,
 ) -> list[Wanted]:
     """Return what a container that somebody else made loads into a cache that is mounted into it."""
-    _, source = adopted.cache_of(inspected)
+    inside = sharing.hub_of(inspected)
+    source = sharing.behind(inspected, inside) if inside is not None else None
     if source is None or around is None:
         return []
     # Its command says what it loads; 'model' is only what it calls that.
     told = {"model": adopted.weights_of(inspected), "args": adopted.command(inspected)}
     wanted = plan.wanted(name, model.model_copy(update=told), mounted=True)
-    hub = Path(source) / "hub" if source.startswith("/") and not around.container else None
-    if around.container and source == around.hf_cache:
-        hub = places.hub_cache(env)
+    hub = Path(source) if source.is_absolute() and not around.container else None
+    if around.container and sharing.shares_cache(inspected, around.hf_cache):
+        hub = _of_containers(model, around, env)
     return [Wanted(name, repo, hub) for repo in (wanted.repos if wanted is not None else ())]
 
 
@@ -117,12 +120,17 @@ def hub_of(model: Model, around: Surroundings | None, env: Mapping[str, str]) ->
     if model.runtime == "process":
         own = places.environment(model, env)
         return None if own is None else places.hub_cache(own)
-    if around is None or not around.hf_cache:
-        return None
-    if around.container:
-        # The same volume or folder is mounted as our own cache: that is how its name was found.
-        return places.hub_cache(env)
-    return Path(around.hf_cache) / "hub" if around.hf_cache.startswith("/") else None
+    return None if around is None else _of_containers(model, around, env)
+
+
+def _of_containers(model: Model, around: Surroundings, env: Mapping[str, str]) -> Path | None:
+    def seen(source: str) -> Path | None:
+        return Path(source) if source.startswith("/") and not around.container else None
+
+    # In a container the same volume or folder is mounted as our own cache: that is how its name was found.
+    ours = None if around.container and around.hf_cache else places.Unseen.CACHE
+    own = places.environment(model, env, seen(around.hf_cache) or ours, seen=seen)
+    return None if own is None else places.hub_cache(own)
 
 
 def kept_in(hub: Path, repo: plan.Repo) -> Kept:
@@ -153,8 +161,9 @@ async def caches(scene: Scene) -> list[Finding]:
     folders: dict[Path, list[str]] = {}
     for wanted in await wanted_repos(scene):
         if wanted.hub is not None:
-            models = folders.setdefault(wanted.hub, [])
-            models += [wanted.model] if wanted.model not in models else []
+            for folder in (wanted.hub, *_closed(cache.folder_of(wanted.repo.repo, wanted.hub))):
+                models = folders.setdefault(folder, [])
+                models += [wanted.model] if wanted.model not in models else []
     base = Path(scene.env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     for name, model in scene.models("process").items():
         if model.engine == "openvino":
@@ -167,15 +176,24 @@ async def caches(scene: Scene) -> list[Finding]:
     return [of_folder(folder, models) for folder, models in folders.items()]
 
 
+def _closed(repo: Path) -> Iterator[Path]:
+    """Yield what of a repository's folder somebody else made: an engine that ran as root, say."""
+    for folder in (repo, repo / "blobs"):
+        if is_there(folder) and not os.access(folder, os.W_OK | os.X_OK):
+            yield folder
+
+
 def of_folder(folder: Path, models: list[str]) -> Finding:
     """Judge whether we may write to a folder, or make it."""
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    nearest = next(filter(is_there, (folder, *folder.parents)))
     names = ", ".join(models)
     if not nearest.is_dir():
         return problem(f"{nearest} is in the way of the cache folder {folder} ({names})", "move it away")
     if not os.access(nearest, os.W_OK | os.X_OK):
         message = f"the cache folder {folder} can't be written by this user ({names})"
-        return warning(message, f"sudo chown -R $USER {nearest}, or name another with HF_HOME or VLLM_CACHE_ROOT")
+        # Never what is above it, which may be all of a machine.
+        own = f"sudo chown -R $USER {folder}" if nearest == folder else f"sudo install -d -o $USER {folder}"
+        return warning(message, f"{own}, or name another with HF_HOME or VLLM_CACHE_ROOT")
     return fine(f"the cache folder {folder} can be written")
 
 

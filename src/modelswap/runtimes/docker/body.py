@@ -14,6 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from modelswap.engines.base import Address, Launch, StandbyPlan
+from modelswap.engines.registry import FROM_HUB
 from modelswap.runtimes.base import StartOrder
 from modelswap.runtimes.docker.images import Image
 from modelswap.runtimes.docker.surroundings import Surroundings
@@ -33,7 +34,6 @@ STANDBY_SOCKET: Final = "/tmp/modelswap-standby.sock"  # noqa: S108 - in a conta
 
 _UNCOUNTED: Final = frozenset({OWNER, DEFINITION, BODY})
 _LOOPBACK: Final = "127.0.0.1"
-_HUB_ENGINES: Final = ("vllm", "sglang")
 _HF_HOME: Final = "/root/.cache/huggingface"
 _HF_PLACES: Final = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
 _HF_PASSED: Final = ("HF_TOKEN", "HF_ENDPOINT")
@@ -100,7 +100,7 @@ def create_body(
         host["IpcMode"] = spec.ipc
     if spec.shm_size is not None:
         host["ShmSize"] = int(spec.shm_size)
-    elif spec.engine in _HUB_ENGINES and spec.ipc is None:
+    elif spec.engine in FROM_HUB and spec.ipc is None:
         host["ShmSize"] = _VLLM_SHM_BYTES
     body: dict[str, Any] = {
         "Image": spec.image,
@@ -164,7 +164,7 @@ def fingerprint(body: Mapping[str, Any]) -> str:
 
 
 def _from_hub(spec: Model) -> bool:
-    return spec.engine in _HUB_ENGINES and spec.model is not None and not spec.model.startswith(("/", "."))
+    return spec.engine in FROM_HUB and spec.model is not None and not spec.model.startswith(("/", "."))
 
 
 def _has_cache(spec: Model) -> bool:

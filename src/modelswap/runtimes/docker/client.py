@@ -8,15 +8,19 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import re
+import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, TypeVar
 
 import aiodocker
 import aiohttp
+import msgspec
 
 from modelswap.protocol.errors import Code, ModelswapError
 from modelswap.runtimes.base import StartFailed
 from modelswap.runtimes.docker.images import DiskFull
+from modelswap.spec.containers import docker_host_hint, is_docker_host
 
 CALL_SECONDS: Final = 30.0
 """How long Docker may take to answer a call that has nothing to wait for."""
@@ -33,6 +37,8 @@ _NEWEST: Final = (1, 47)
 _NO_CONNECTION: Final = 900
 """aiodocker's status for an engine that can't be reached."""
 _AWAY: Final = frozenset({_NO_CONNECTION, 502, 503, 504})
+_WEB: Final = re.compile(r"^https?://")
+"""aiodocker takes these like ``tcp://``."""
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 0.5
 
@@ -59,37 +65,61 @@ def open_docker(host: str | None, env: Mapping[str, str] = os.environ) -> aiodoc
     Nothing is asked yet (`connect`). Raises `DockerAway` if no client can be made for such an address.
     """
     where = address(host, env)
+    if not is_docker_host(_WEB.sub("tcp://", where)):
+        raise DockerAway(
+            f"Docker can't be reached at '{where}'; in docker.host (or $DOCKER_HOST), {docker_host_hint(where)}",
+            code=Code.MODEL_BROKEN,
+        )
     try:
         return aiodocker.Docker(url=where, timeout=aiohttp.ClientTimeout(total=CALL_SECONDS))
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, OSError) as error:  # the certificates, if DOCKER_TLS_VERIFY asks for some
         raise DockerAway(
-            f"Docker can't be reached at '{where}': {error}; give docker.host (or $DOCKER_HOST) as unix:///path or "
-            "tcp://host:port",
+            f"Docker can't be reached at '{where}': {error}; see DOCKER_TLS_VERIFY and DOCKER_CERT_PATH",
             code=Code.MODEL_BROKEN,
         ) from error
 
 
 async def negotiate(docker: aiodocker.Docker) -> None:
-    """Agree on a version of the API: the newest that both sides know. Raises as any call does."""
+    """Agree on a version of the API: the newest that both sides know.
+
+    Raises `DockerAway` if something else answers than a Docker Engine, else as any call does.
+    """
     async with docker.session.get(f"{docker.docker_host}/version") as response:
+        answer = await response.read()
+        if response.status in _AWAY:
+            raise aiodocker.DockerError(response.status, answer.decode(errors="replace"))
         if response.status != 200:
-            raise aiodocker.DockerError(response.status, await response.text())
-        said = await response.json(content_type=None)
-    newest = _version(said.get("ApiVersion"))
-    oldest = _version(said.get("MinAPIVersion"))
+            raise _no_docker(f"status {response.status}: {answer[:200].decode(errors='replace').strip()}")
+    try:
+        said = msgspec.json.decode(answer, type=_Version)
+        newest, oldest = _version(said.ApiVersion), _version(said.MinAPIVersion)
+    except ValueError as error:
+        raise _no_docker(str(error)) from error
     chosen = max(min(newest, _NEWEST), oldest)
     docker.api_version = f"v{chosen[0]}.{chosen[1]}"
 
 
-def _version(text: object) -> tuple[int, int]:
-    major, _, minor = str(text or "1.24").partition(".")
+class _Version(msgspec.Struct):
+    ApiVersion: str
+    MinAPIVersion: str | None = None
+
+
+def _no_docker(said: str) -> DockerAway:
+    return DockerAway(
+        f"what answers is no Docker Engine that lets us in ({said}); is docker.host (or $DOCKER_HOST) right? One that"
+        " speaks TLS needs DOCKER_TLS_VERIFY=1 and DOCKER_CERT_PATH"
+    )
+
+
+def _version(text: str | None) -> tuple[int, int]:
+    major, _, minor = (text or "1.24").partition(".")
     return int(major), int(minor)
 
 
 async def connect(docker: aiodocker.Docker, patience: float = PATIENCE) -> None:
     """Return when Docker answers; raises `DockerAway` if it doesn't within ``patience`` seconds.
 
-    An engine that we may not talk to is not waited for.
+    An engine that we may not talk to, or something that is none, is not waited for.
     """
     await persistently(lambda: negotiate(docker), "connecting to it", patience)
 
@@ -130,6 +160,9 @@ def forbidden(error: BaseException) -> bool:
     """Return whether an error says that we may not talk to Docker."""
     seen: BaseException | None = error
     while seen is not None:
+        # TLS has numbers of its own, of which one is EPERM's.
+        if isinstance(seen, (ssl.SSLError, aiohttp.ClientSSLError)):
+            return False
         if isinstance(seen, OSError) and seen.errno in (errno.EACCES, errno.EPERM):
             return True
         seen = seen.__cause__ or seen.__context__

@@ -11,11 +11,12 @@ from typing import Final
 import aiodocker
 import structlog
 
+from modelswap.protocol.errors import Code
 from modelswap.runtimes.base import StartFailed
 from modelswap.runtimes.docker import api
 from modelswap.runtimes.docker.catalogue import Catalogue
 from modelswap.runtimes.docker.chores import Chores
-from modelswap.runtimes.docker.client import PATIENCE, Trouble, connect, failure, open_docker, persistently
+from modelswap.runtimes.docker.client import PATIENCE, DockerAway, Trouble, connect, failure, open_docker, persistently
 from modelswap.runtimes.docker.events import watch
 from modelswap.runtimes.docker.making import Maker
 from modelswap.runtimes.docker.owner import sole_owner
@@ -65,7 +66,13 @@ async def open_runtime(
     async with contextlib.AsyncExitStack() as stack:
         docker = open_docker(config.host, env)
         stack.push_async_callback(docker.close)
-        await connect(docker, patience)
+        try:
+            await connect(docker, 0)
+        except DockerAway as away:
+            if away.code is Code.MODEL_BROKEN:
+                raise
+            _log.warning("waiting for Docker", seconds=patience, reason=str(away))
+            await connect(docker, patience)
         owner = _owner(folder)
         try:
             around = await persistently(lambda: look_around(docker, config, env), "looking around in it", patience)
