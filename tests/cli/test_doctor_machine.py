@@ -15,7 +15,7 @@ from modelswap.cli.doctor.scene import Gpu, ToldElsewhere
 from modelswap.devices.base import Holder
 from modelswap.runtimes.docker.images import Image
 from modelswap.runtimes.docker.surroundings import Surroundings
-from modelswap.weights.plan import Repo
+from modelswap.weights.repo import Repo
 from tests.cli.doctoring import GIB, FakeDocker, config, gpu_of, levels, scene
 
 OK, NOTE, WARNING, PROBLEM = Level.OK, Level.NOTE, Level.WARNING, Level.PROBLEM

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from modelswap.spec.config import Model
-from modelswap.weights.plan import ALL, Repo, Wanted, choose, hub_id, wanted
+from modelswap.weights.plan import Wanted, hub_id, wanted
+from modelswap.weights.repo import ALL, Repo, choose
 
 LLAMA = [
     "README.md", "config.json", "generation_config.json", "model-00001-of-00002.safetensors",

@@ -19,7 +19,7 @@ from modelswap.cli.settings import load_config
 from modelswap.cli.words import NONE
 from modelswap.engines import options
 from modelswap.engines.base import Address
-from modelswap.engines.programs import is_there
+from modelswap.engines.paths import is_there
 from modelswap.engines.registry import FROM_HUB, engine_for
 from modelswap.orchestrator.state import state_dir
 from modelswap.protocol.errors import ModelswapError

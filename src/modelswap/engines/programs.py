@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from modelswap.engines.base import Address
+from modelswap.engines.paths import is_there
 from modelswap.protocol.errors import Code, ModelswapError
 from modelswap.spec.config import Model
 
@@ -41,14 +42,6 @@ def placed(text: str, address: Address) -> str:
 def folder(model: Model) -> str | None:
     """Return the working folder for a `Launch`."""
     return str(model.cwd) if model.cwd else None
-
-
-def is_there(path: Path) -> bool:
-    """Return whether ``path`` leads to something that we may see.
-
-    `Path.exists` raises where it can't look (until Python 3.14): in others' folders, for names that are too long.
-    """
-    return os.path.exists(path)  # noqa: PTH110 - see above
 
 
 def local(text: str, model: Model) -> Path | None:

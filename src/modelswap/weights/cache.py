@@ -16,8 +16,8 @@ from typing import Final
 
 import msgspec
 
-from modelswap.engines.programs import is_there
-from modelswap.weights.plan import ALL, MAIN, Repo, choose, is_weights
+from modelswap.engines.paths import is_there
+from modelswap.weights.repo import ALL, MAIN, Repo, choose, is_weights
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _SHARD: Final = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<kind>\.\w+)")

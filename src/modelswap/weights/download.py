@@ -19,7 +19,8 @@ from modelswap.spec.config import Model
 from modelswap.weights import cache, places, plan, wire
 from modelswap.weights.errors import Interrupted, WeightsUnavailable
 from modelswap.weights.explain import explain, redacted
-from modelswap.weights.plan import Repo, Wanted
+from modelswap.weights.plan import Wanted
+from modelswap.weights.repo import Repo
 
 STAGE: Final = "downloading weights"
 """What `Report` is told while bytes come."""

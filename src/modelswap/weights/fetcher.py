@@ -22,11 +22,11 @@ import msgspec
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 
-from modelswap.engines.programs import is_there
+from modelswap.engines.paths import is_there
 from modelswap.weights import cache, resuming, wire
 from modelswap.weights.cache import Entry, folder_of
 from modelswap.weights.faults import NoRoom, NoWeights, kind
-from modelswap.weights.plan import Repo, choose, is_weights
+from modelswap.weights.repo import Repo, choose, is_weights
 
 _AT_ONCE: Final = 8
 _STEP: Final = 1 << 20

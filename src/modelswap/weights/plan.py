@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -27,18 +26,8 @@ import msgspec
 from modelswap.engines import options, programs
 from modelswap.engines.registry import FROM_HUB
 from modelswap.spec.config import Model
+from modelswap.weights.repo import ALL, IGNORED, Repo
 
-MAIN: Final = "main"
-"""The revision that is meant if none is named."""
-ALL: Final = ("*",)
-"""A repository's every file."""
-
-_IGNORED: Final = ("original/**/*",)
-# Never read, however small.
-_ASIDE: Final = ("original/*", "onnx/*", "openvino/*", "coreml/*", "metal/*")
-_SMALL: Final = (
-    "*.json", "*.jinja", "*.txt", "*.py", "*.yaml", "*.model", "*tokenizer.model*", "*.tiktoken", "*.spm", "*.vocab",
-)  # fmt: skip
 _SAFETENSORS: Final = ("*.safetensors",)
 _AUTO: Final = ("consolidated*.safetensors", "*.safetensors", "*.bin", "*.pt")
 _FORMATS: Final[dict[str, tuple[str, ...]]] = {
@@ -60,22 +49,6 @@ _ELSEWHERE: Final = frozenset({"dummy", "tensorizer", "runai_streamer_sharded"})
 # huggingface_hub's rule (`utils/_validators.py`), and what looks like a path is none.
 _ID: Final = re.compile(r"(?=.{1,96}$)(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9_][\w.-]*(?:/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 _GGUF: Final = re.compile(r"(?P<repo>[^/:]+/[^/:]+)(?:/(?P<file>.+\.gguf)|:(?P<quant>\w+))")
-
-
-class Repo(msgspec.Struct, frozen=True, kw_only=True):
-    """A repository, and which of its files are loaded.
-
-    ``weights`` are patterns of which the first that matches a file at the top counts, or all of them if none does;
-    empty if its weights aren't loaded. Those that match ``ignore`` are left out. ``extra`` is taken besides. ``folder``
-    is the cache folder that the engine was told to keep it in, None for the usual one.
-    """
-
-    repo: str
-    revision: str | None = None
-    weights: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = _IGNORED
-    extra: tuple[str, ...] = _SMALL
-    folder: str | None = None
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -107,26 +80,6 @@ def wanted(
     return Wanted(name, tuple(dict.fromkeys(repos))) if repos else None
 
 
-def choose(repo: Repo, names: Iterable[str]) -> list[str]:
-    """Return which of a repository's files are loaded, in their order."""
-    names = list(names)
-    top = [name for name in names if "/" not in name]
-    first = next((each for each in repo.weights if any(_matches(name, (each,)) for name in top)), None)
-    weights = repo.weights if first is None else (first,)
-    aside = () if repo.extra == ALL else _ASIDE
-    return [
-        name
-        for name in names
-        if (_matches(name, weights) and not _matches(name, repo.ignore))
-        or (_matches(name, repo.extra) and not _matches(name, aside))
-    ]
-
-
-def is_weights(repo: Repo, name: str) -> bool:
-    """Return whether a file that was chosen is one of the weights."""
-    return _matches(name, repo.weights)
-
-
 def hub_id(text: str) -> bool:
     """Return whether ``text`` can be the id of a repository, ``org/name`` or ``name``."""
     return _ID.fullmatch(text) is not None
@@ -134,10 +87,6 @@ def hub_id(text: str) -> bool:
 
 def _nothing_here(text: str, spec: Model) -> object:
     return None
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _from_modelscope(spec: Model) -> bool:
@@ -148,7 +97,7 @@ def _from_modelscope(spec: Model) -> bool:
 def _repos(spec: Model) -> Iterator[Repo]:
     args = spec.args
     revision, folder = options.value(args, "--revision"), options.value(args, "--download-dir")
-    ignore = tuple(_listed(args, "--ignore-patterns")) or _IGNORED
+    ignore = tuple(_listed(args, "--ignore-patterns")) or IGNORED
     text, weights = _gguf(spec.model or options.value(args, "--model") or "")
     model = Repo(repo=text, revision=revision, weights=weights or _format(spec), ignore=ignore)
     if folder is not None and model.weights:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from modelswap.weights.plan import Repo
+from modelswap.weights.repo import Repo
 
 Kind = Literal[
     "not_found",

@@ -14,7 +14,7 @@ from modelswap.cli.doctor import weights
 from modelswap.cli.doctor.finding import Finding, fine, note, problem, warning
 from modelswap.cli.doctor.scene import Scene, ToldElsewhere, in_thread
 from modelswap.cli.words import size
-from modelswap.engines.programs import is_there
+from modelswap.engines.paths import is_there
 from modelswap.engines.registry import FROM_HUB
 from modelswap.orchestrator.state import state_dir
 

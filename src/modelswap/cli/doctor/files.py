@@ -11,7 +11,7 @@ from typing import Final
 
 from modelswap.cli.doctor.finding import Finding, fine, problem, warning
 from modelswap.cli.doctor.scene import Scene, ToldElsewhere
-from modelswap.engines.programs import is_there
+from modelswap.engines.paths import is_there
 from modelswap.orchestrator.state import state_dir
 from modelswap.spec.config import Config
 

@@ -9,7 +9,7 @@ from modelswap.cli.doctor.engine import wants_gpu
 from modelswap.cli.doctor.finding import Finding, fine, note, problem, warning
 from modelswap.cli.doctor.scene import Scene, ToldElsewhere
 from modelswap.engines import options
-from modelswap.engines.programs import is_there
+from modelswap.engines.paths import is_there
 from modelswap.engines.registry import FROM_HUB
 from modelswap.runtimes.docker.images import Image
 from modelswap.spec.config import Model

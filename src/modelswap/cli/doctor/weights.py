@@ -14,12 +14,13 @@ from modelswap.cli.doctor import adopted
 from modelswap.cli.doctor.finding import Finding, fine, note, problem, warning
 from modelswap.cli.doctor.scene import Scene, ToldElsewhere, in_thread
 from modelswap.cli.words import size
-from modelswap.engines.programs import is_there
+from modelswap.engines.paths import is_there
 from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.docker import sharing
 from modelswap.runtimes.docker.surroundings import Surroundings
 from modelswap.spec.config import Model
 from modelswap.weights import cache, places, plan
+from modelswap.weights.repo import Repo
 
 _BILLIONS: Final = re.compile(r"(?:^|[^a-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)b(?:$|[^a-z0-9])")
 _QUANTISED: Final = re.compile(r"awq|gptq|int4|w4a16|4bit|nf4|q4|fp4")
@@ -39,7 +40,7 @@ class Wanted:
     """A repository that a model loads, and the cache folder it is loaded from; None where that can't be seen."""
 
     model: str
-    repo: plan.Repo
+    repo: Repo
     hub: Path | None
 
 
@@ -133,7 +134,7 @@ def _of_containers(model: Model, around: Surroundings, env: Mapping[str, str]) -
     return None if own is None else places.hub_cache(own)
 
 
-def kept_in(hub: Path, repo: plan.Repo) -> Kept:
+def kept_in(hub: Path, repo: Repo) -> Kept:
     """Look into a cache folder, asking nobody."""
     found = cache.complete(repo, hub)
     if found is not None:
