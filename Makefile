@@ -10,7 +10,7 @@ COMPILE = $(BIN)/uv pip compile --universal --python-version 3.11 --generate-has
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check unit format lock schema image clean \
-        test-docker test-load test-openvino test-llamacpp test-vllm bench-docker bench-swap bench-relay bench-llamacpp bench-sched
+        test-docker test-long test-openvino test-llamacpp test-vllm bench-docker bench-swap bench-relay bench-llamacpp bench-sched
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 20
@@ -37,9 +37,7 @@ check: $(STAMP)  ## format, lint, types, import contract, generated files
 unit: $(STAMP)  ## all tests that need no engine of their own
 	@echo "==> pytest with branch coverage"
 	@$(BIN)/pytest -n 4 --dist loadgroup --cov --cov-report=term:skip-covered -q \
-	    -m "not openvino and not vllm and not llamacpp and not docker and not search and not load" $(ARGS)
-	@echo "==> pytest, searching the lease protocol"
-	@$(BIN)/pytest -n 2 -q -m search tests/core $(ARGS) || [ $$? = 5 ]  # 5: ARGS left none to run
+	    -m "not openvino and not vllm and not llamacpp and not docker and not long" $(ARGS)
 
 format: $(STAMP)  ## format and mend what can be mended
 	@$(BIN)/ruff format src tests bench
@@ -75,9 +73,9 @@ bench-relay: $(STAMP)  ## the relay's CPU per request and per event against ngin
 bench-sched: $(STAMP)  ## scheduling policies in virtual time
 	@$(BIN)/python bench/sched.py $(ARGS)
 
-test-load: $(STAMP)  ## hundreds of requests, also while parts of the whole stack are killed or fail
-	@echo "==> pytest, hundreds of requests, also while parts are killed or fail"
-	@$(BIN)/pytest -n 2 -q -m load tests/system $(ARGS)
+test-long: $(STAMP)  ## searches of the protocol, and the whole stack under load or while its parts fail (minutes)
+	@echo "==> pytest, what takes minutes"
+	@$(BIN)/pytest -n 2 -q -m long $(ARGS)
 
 test-docker: $(STAMP)  ## all tests that need a Docker daemon; gets one ready first (apt, debootstrap; no registry)
 	@bash tools/docker-bed.sh $(BIN)/python $(VENV)

@@ -16,7 +16,7 @@ from modelswap.simulator.setup import Setup, model
 from modelswap.simulator.stepped import Budget, Stepped
 from modelswap.simulator.traffic import Violation
 
-pytestmark = pytest.mark.search
+pytestmark = pytest.mark.long
 
 LONG = 1e6
 TIMELESS = Settings(

@@ -13,7 +13,7 @@ from modelswap.core.facts import Settings
 from modelswap.simulator.setup import Setup, model
 from modelswap.simulator.stepped import Budget, Stepped
 
-pytestmark = pytest.mark.search
+pytestmark = pytest.mark.long
 
 EXAMPLES = int(os.environ.get("MODELSWAP_EXAMPLES", "1000"))
 CHEAP = ("up", "down", "done", "finish", "connect", "tick", "deadline", "time", "ask")

@@ -137,6 +137,7 @@ x_unheard_of: 1
 """
 
 
+@pytest.mark.long
 def test_every_key_of_a_service_counts() -> None:
     """Taking any key out of a service changes the config or the notes: none is read for nothing, none overlooked."""
     service = yaml.safe_load(EVERYTHING)
@@ -149,6 +150,7 @@ def test_every_key_of_a_service_counts() -> None:
     assert [path for path in keys if outcome(without(whole, path), manage=True) == full] == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FILES)
 def test_every_key_of_a_file_counts(name: str) -> None:
     """The same for whole files, as far as it is about models."""

@@ -53,6 +53,7 @@ def swapped(text: str) -> Imported:
 SERVICE = {"services": {"llm": yaml.safe_load(EVERYTHING), "db": {"image": "postgres"}}}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("whole", "importer"),
     [

@@ -38,6 +38,7 @@ def test_golden() -> None:
     assert config.models["tts"].command == tts.split()
 
 
+@pytest.mark.long
 def test_every_key_counts() -> None:
     """Taking any key out changes the config or the notes: none is read for nothing, none overlooked."""
     whole = yaml.safe_load(yaml.safe_dump(plain("llama-swap.yaml")))

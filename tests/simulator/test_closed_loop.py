@@ -10,6 +10,8 @@ from modelswap.simulator.policies import Bypass
 from modelswap.simulator.setup import Setup, model
 from modelswap.simulator.timed import Timed, Timing
 
+pytestmark = pytest.mark.long
+
 HOURS = 1.0
 
 

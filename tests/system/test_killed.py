@@ -14,7 +14,7 @@ from modelswap.testing.engine.options import Options
 from tests.system.load import Outcome, ask, clients
 from tests.system.stack import MODELS, Stack, until
 
-pytestmark = pytest.mark.load
+pytestmark = pytest.mark.long
 
 SLOW = Options(load_seconds=0.05, tokens=20, tokens_per_second=40)
 

@@ -18,6 +18,8 @@ from modelswap.testing.engine.options import Options
 from tests.system.load import ask
 from tests.system.stack import MODELS, Stack, until
 
+pytestmark = pytest.mark.long
+
 
 async def right(stack: Stack, model: str) -> bool:
     """Ask a model for an answer, and return whether it came as it should."""

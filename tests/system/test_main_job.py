@@ -44,7 +44,7 @@ def one_sync(client: openai.OpenAI, model: str, *, stream: bool) -> str:
     return text
 
 
-@pytest.mark.load
+@pytest.mark.long
 @pytest.mark.parametrize("same_address", [False, True], ids=["fresh-addresses", "reused-address"])
 async def test_openai_clients_through_three_models(tmp_path: Path, *, same_address: bool) -> None:
     """500 requests of OpenAI's clients, 16 at a time, no retries: each is answered by the model it named.

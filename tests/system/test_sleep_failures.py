@@ -15,6 +15,8 @@ from modelswap.orchestrator import sleeping
 from modelswap.orchestrator.measurements import FAILURES
 from tests.system.sleepers import GIB, HELD, Rig, engines, rig, sleepable
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 async def two(tmp_path: Path) -> AsyncIterator[Rig]:
@@ -206,7 +208,6 @@ async def test_sleepers_go_when_the_next_model_needs_what_they_hold(tmp_path: Pa
         made.assert_sound()
 
 
-@pytest.mark.load
 async def test_the_budget_for_host_memory_is_never_exceeded(tmp_path: Path) -> None:
     """With room for two sleepers and five models in rotation, no more than two ever sleep."""
     models = {name: sleepable(tmp_path, "--residue-bytes", "1") for name in "abcde"}

@@ -69,7 +69,7 @@ class Trouble:
             self.made.append(fault)
 
 
-@pytest.mark.load
+@pytest.mark.long
 async def test_every_request_is_answered_whatever_sleepers_do(tmp_path: Path) -> None:
     """2,000 requests over four models end in a right answer or a retryable error; nothing overlaps or is left over."""
     stack = Stack(
