@@ -36,7 +36,7 @@ check: $(STAMP)  ## format, lint, types, import contract, generated files
 
 unit: $(STAMP)  ## all tests that need no engine of their own
 	@echo "==> pytest with branch coverage"
-	@$(BIN)/pytest -n 4 --dist loadgroup --cov --cov-report=term:skip-covered -q \
+	@$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered -q \
 	    -m "not openvino and not vllm and not llamacpp and not docker and not long" $(ARGS)
 
 format: $(STAMP)  ## format and mend what can be mended
@@ -75,7 +75,7 @@ bench-sched: $(STAMP)  ## scheduling policies in virtual time
 
 test-long: $(STAMP)  ## searches of the protocol, and the whole stack under load or while its parts fail (minutes)
 	@echo "==> pytest, what takes minutes"
-	@$(BIN)/pytest -n 2 -q -m long $(ARGS)
+	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -q -m long $(ARGS)
 
 test-docker: $(STAMP)  ## all tests that need a Docker daemon; gets one ready first (apt, debootstrap; no registry)
 	@bash tools/docker-bed.sh $(BIN)/python $(VENV)

@@ -32,9 +32,6 @@ from tests.system.front_door import (
 )
 from tests.system.stack import Stack, until
 
-# One worker, so that the stack is started once.
-pytestmark = pytest.mark.xdist_group("front_door_failures")
-
 VICTIMS = 24
 SLOW = {"tokens": 400, "tokens_per_second": 100}
 

@@ -26,9 +26,6 @@ from tests.system.front_door import (
 )
 from tests.system.stack import Stack, until
 
-# One worker, so that the stack is started once.
-pytestmark = pytest.mark.xdist_group("front_door_leaving")
-
 RUNNING_SIM = {"tokens": 100_000, "tokens_per_second": 50}
 
 

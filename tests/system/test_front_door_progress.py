@@ -16,9 +16,6 @@ from modelswap.testing.engine.options import Options
 from tests.system.front_door import Answer, chat, counted, engine_of, post, running, send, simulated, stack_of, wire
 from tests.system.stack import MODELS, Stack
 
-# One worker, so that the stack is started once.
-pytestmark = pytest.mark.xdist_group("front_door_progress")
-
 LOADS = Options(load_seconds=0.7, tokens=4)
 COMMENT = re.compile(r"modelswap position=\d+( stage=[^ ]+)?( progress=\d+%)?( eta=\d+s)?")
 

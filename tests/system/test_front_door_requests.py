@@ -12,9 +12,6 @@ from modelswap.testing.engine.options import Options
 from tests.system.front_door import chat, echo, engine_of, post, running, send, simulated, stack_of, stats, wire
 from tests.system.stack import Stack
 
-# One worker, so that the stack is started once.
-pytestmark = pytest.mark.xdist_group("front_door_requests")
-
 KEY = "engine-key-1"
 IMAGE = "data:image/png;base64," + "iVBORw0KGgo" * 2000
 VISION = (

@@ -236,8 +236,8 @@ async def test_a_damaged_beginning_is_thrown_away(hub: Hub, env: dict[str, str])
     await task
     hub.stall_after = None
     hub.go_on.set()
-    for part in blobs.glob("*.incomplete"):
-        part.write_bytes(b"?" * part.stat().st_size)
+    damaged = next(part for part in blobs.glob("*.incomplete") if part.stat().st_size)
+    damaged.write_bytes(b"?" * damaged.stat().st_size)
     assert "checksum" in str(await failure(env))
     await prepare(env)
     await test_what_is_there_is_right(hub, env)
