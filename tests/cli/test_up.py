@@ -19,6 +19,8 @@ import pytest
 
 from tests.ports import free_port
 
+pytestmark = pytest.mark.long
+
 DEADLINE = 60.0
 
 CONFIG = """

@@ -24,6 +24,8 @@ from modelswap.testing.engine.options import Options, command
 from modelswap.testing.ledger import Ledger
 from tests.orchestrator.fakes import DEADLINE
 
+pytestmark = pytest.mark.long
+
 RUN = "import sys; from pathlib import Path; from modelswap.orchestrator.main import run; run(Path(sys.argv[1]))"
 GIB = 1 << 30
 TERM = 1.0
