@@ -24,7 +24,7 @@ $(STAMP): requirements/all.lock pyproject.toml tools/install.sh
 demo: $(STAMP)  ## run the main job on real SmolLM2 weights (ARGS=--once ends by itself)
 	@$(BIN)/modelswap demo $(ARGS)
 
-test: $(STAMP) check unit  ## everything the checks and tests say, under five minutes
+test: $(STAMP) check unit  ## all checks, and all tests that take seconds (about five minutes)
 
 check: $(STAMP)  ## format, lint, types, import contract, generated files
 	@echo "==> ruff, mypy --strict, import contract, generated files"

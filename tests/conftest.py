@@ -11,7 +11,6 @@ for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _usual)
 
-
 _FIRST = ("system", "cli", "orchestrator", "weights")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -47,15 +46,6 @@ def worlds() -> Iterator[ParameterSet]:
             yield pytest.param(2, 2, fault, id=f"2 tickets, 2 slots, {name}")
             yield pytest.param(3, 1, fault, id=f"3 tickets, 1 slot, {name}")
     yield pytest.param(2, 1, "appearances", id="2 tickets, 1 slot, an engine is started by hand")
-
-
-@pytest.fixture(autouse=True)
-def _untraced() -> Iterator[None]:
-    """Measure no coverage meanwhile: it would take most of the time, and other tests show the same lines."""
-    trace = sys.gettrace()
-    sys.settrace(None)
-    yield
-    sys.settrace(trace)
 
 
 def small_world(budget: Budget, *, slots: int = 1, prepare: bool = False) -> Stepped:

@@ -21,7 +21,7 @@ from modelswap.engines.openvino_server import genai
 from modelswap.engines.openvino_server.pipeline import CannotLoad, InvalidPrompt, Message, Params, Prompt
 from modelswap.engines.openvino_server.text import Detokenizer
 
-pytestmark = [pytest.mark.openvino, pytest.mark.xdist_group("openvino")]
+pytestmark = pytest.mark.openvino
 
 PATIENCE = 120.0
 STORY = Prompt(messages=(Message("user", "Write a story about the sea."),))

@@ -241,6 +241,17 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+def in_two(go: asyncio.Event) -> Script:
+    """Return a script that streams one event at once, and another one and the end when ``go`` is set."""
+
+    async def script(request: Request) -> None:
+        request.connection.write(SSE_HEAD + chunk(b"data: 1\n\n"))
+        await go.wait()
+        request.connection.write(chunk(b"data: 2\n\n") + b"0\r\n\r\n")
+
+    return script
+
+
 class Response:
     """What a client received. ``raw`` is the body as it came, chunk framing and all."""
 

@@ -13,7 +13,7 @@ from modelswap.gateway import link
 from modelswap.gateway.link import gateway_url
 from modelswap.protocol.messages import Epoch, Heartbeat, Hello, Open, Want
 from modelswap.testing.waiting import until
-from tests.gateway.rig import SSE_HEAD, Request, Rig, ask, chunk, post, response
+from tests.gateway.rig import SSE_HEAD, Request, Rig, ask, chunk, in_two, post, response
 
 
 @pytest.mark.parametrize(
@@ -92,12 +92,7 @@ async def test_a_connection_that_breaks_as_it_is_made_cuts_nothing(rig: Rig, mon
     await rig.start()
     go = asyncio.Event()
 
-    async def script(request: Request) -> None:
-        request.connection.write(SSE_HEAD + chunk(b"data: 1\n\n"))
-        await go.wait()
-        request.connection.write(chunk(b"data: 2\n\n") + b"0\r\n\r\n")
-
-    await rig.engine(script)
+    await rig.engine(in_two(go))
     stream = await rig.wire()
     await stream.send(post(ask(stream=True)))
     await stream.head()

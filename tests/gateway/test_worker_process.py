@@ -17,7 +17,7 @@ from modelswap.protocol.messages import Want
 from modelswap.spec.config import Config, Gateway, Scheduling
 from modelswap.spec.config import Orchestrator as OrchestratorSection
 from modelswap.testing.waiting import until
-from tests.gateway.rig import PATIENCE, SSE_HEAD, Request, Rig, ask, chunk, post
+from tests.gateway.rig import PATIENCE, SSE_HEAD, Request, Rig, ask, chunk, in_two, post
 
 
 async def test_stopping_worker_finishes_what_runs(rig: Rig) -> None:
@@ -25,12 +25,7 @@ async def test_stopping_worker_finishes_what_runs(rig: Rig) -> None:
     await rig.start()
     go = asyncio.Event()
 
-    async def script(request: Request) -> None:
-        request.connection.write(SSE_HEAD + chunk(b"data: 1\n\n"))
-        await go.wait()
-        request.connection.write(chunk(b"data: 2\n\n") + b"0\r\n\r\n")
-
-    await rig.engine(script)
+    await rig.engine(in_two(go))
     running, waiting, idle, late = [await rig.wire() for _ in range(4)]
     await running.send(post(ask(stream=True)))
     await running.head()
