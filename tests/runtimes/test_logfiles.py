@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -109,7 +110,7 @@ def test_rotation_keeps_two_older_parts(tmp_path: Path) -> None:
 
 
 async def test_logs_rotate_while_they_are_written(host: Host) -> None:
-    """Rotating under a writing engine tears no line, repeats none, and bounds what the disk holds."""
+    """Rotating under a writing engine repeats no line, tears one at most at a cut, and bounds what the disk holds."""
     running = await host.start("chatter", 4000)
     log = next((host.state_dir / "logs").glob("*/*.log"))
     parts = [Path(f"{log}.2"), Path(f"{log}.1"), log]
@@ -121,9 +122,10 @@ async def test_logs_rotate_while_they_are_written(host: Host) -> None:
     assert len(there) > 1 and set(log.parent.iterdir()) == set(there)
     lines = b"".join(part.read_bytes() for part in there).decode().splitlines()
     assert lines.pop() == "ready"
-    numbers = [int(line.split()[1]) for line in lines]
+    whole = [found for line in lines if (found := re.fullmatch(r"line (\d+) \.{100}", line))]
+    numbers = [int(found[1]) for found in whole]
     assert numbers == sorted(set(numbers))
-    assert {line.split(maxsplit=2)[2] for line in lines} == {"." * 100}
+    assert len(lines) - len(whole) < len(there), "only what is written just as the log is emptied may be lost"
 
 
 def test_a_full_disk_while_rotating_gives_space_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
