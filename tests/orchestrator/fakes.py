@@ -172,6 +172,8 @@ class FakeRuntime:
         """How many more times stopping fails."""
         self.sweep_error: Unkillable | None = None
         self.listens = True
+        self.taken: dict[str, int] = {}
+        """Host memory by instance."""
         self.log = ["first line", "last line"]
         self.rotations = 0
         self.known: dict[str, Known] = {}
@@ -295,6 +297,9 @@ class FakeRuntime:
         if self.listening_error is not None:
             raise self.listening_error
         return self.listens and running.instance in self.living
+
+    async def host_bytes(self, running: Running) -> int:
+        return self.taken.get(running.instance, 0)
 
     async def instances(self) -> list[Running]:
         return list(self.living.values())

@@ -107,7 +107,7 @@ async def test_what_a_sleeper_will_take_is_measured_or_guessed(
     (tmp_path / "model.gguf").write_bytes(b"x" * 1000)
     hosted = world.host_running("a.1.1", "a")
     hosted.held = 2000
-    monkeypatch.setattr(sleepers, "process_bytes", lambda _running: 100)
+    world.runtime.taken["a.1.1"] = 100
     assert (await sleepers.expected_host(world.outside, hosted, 1)) == (3100, 100)
     world.outside.weights["digest"] = 1000
     assert await sleepers.expected_host(world.outside, hosted, 1) == (1600, 100)

@@ -52,6 +52,15 @@ def main(behaviour: str, argument: str) -> None:
         case "obey":
             say("ready")
             idle()
+        case "hold":
+            held = bytearray(os.urandom(1)) * (int(argument) << 20)
+            say("ready")
+            idle()
+            del held
+        case "child-holds":
+            if fork_away():
+                main("hold", argument)
+            idle()
         case "exit":
             say("leaving")
             sys.exit(int(argument))

@@ -16,7 +16,6 @@ from modelswap.runtimes.docker import execs
 from modelswap.runtimes.docker.body import STANDBY
 from modelswap.runtimes.docker.opening import open_runtime
 from modelswap.runtimes.docker.runtime import DockerRuntime
-from modelswap.runtimes.docker.standbys import private_bytes
 from modelswap.spec import config
 from modelswap.spec.config import Model
 from modelswap.testing.waiting import until
@@ -179,11 +178,3 @@ async def test_an_image_that_has_moved_makes_it_useless(bench: Bench) -> None:
     bench.fake.images["img"] = {"Id": "sha256:2", "Config": {"Entrypoint": ["serve"]}}
     running = await bench.runtime.start(await bench.order())
     assert running.mechanism == "cold" and bench.waiting() == []
-
-
-async def test_its_own_memory_is_read_from_either_kind_of_cgroups() -> None:
-    """Files that were read don't count where the kernel tells them apart."""
-    assert private_bytes({"memory_stats": {"usage": 9, "stats": {"anon": 5, "file": 4}}}) == 5
-    assert private_bytes({"memory_stats": {"usage": 9, "stats": {"rss": 3, "total_rss": 4}}}) == 4
-    assert private_bytes({"memory_stats": {"usage": 9}}) == 9
-    assert private_bytes({}) == 0

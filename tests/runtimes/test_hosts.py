@@ -89,6 +89,10 @@ class Recording:
         self.asked.append(("listening", running.model))
         return True
 
+    async def host_bytes(self, running: Running) -> int:
+        self.asked.append(("host_bytes", running.model))
+        return 5
+
     async def instances(self) -> list[Running]:
         return [self.running(self.name)]
 
@@ -204,11 +208,12 @@ async def test_each_model_is_hosted_by_its_own_runtime(rig: Rig, spec: Model, na
     assert running.instance == f"x.{name}"
     await rig.hosts.wait(running)
     await rig.hosts.listening(running)
+    assert await rig.hosts.host_bytes(running) == 5
     await rig.hosts.stop(running, 1.0)
     assert rig.hosts.foreign(running) == (name == "docker")
     own = rig.docker if name == "docker" else rig.process
     other = rig.process if name == "docker" else rig.docker
-    assert own.asked == [(what, "x") for what in ("fetch", "create", "wait", "listening", "stop")]
+    assert own.asked == [(what, "x") for what in ("fetch", "create", "wait", "listening", "host_bytes", "stop")]
     assert other.asked == []
 
 

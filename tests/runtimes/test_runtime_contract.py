@@ -127,6 +127,16 @@ async def test_listening_is_told_of_a_child(host: ContractHost) -> None:
     assert await host.runtime.listening(running)
 
 
+@pytest.mark.parametrize("behaviour", ["hold", "child-holds"])
+async def test_its_host_memory_is_told(host: ContractHost, behaviour: str) -> None:
+    """What an instance holds counts, also in a child with a session of its own; once it has ended it takes none."""
+    running = await host.start(behaviour, 64)
+    await host.says(running, "ready")
+    assert 64 << 20 <= await host.runtime.host_bytes(running) < 128 << 20
+    await host.runtime.stop(running, GRACE)
+    assert await host.runtime.host_bytes(running) == 0
+
+
 async def test_an_unknown_program_is_named(host: ContractHost) -> None:
     """A program that isn't there is named, and leaves nothing."""
     assert "no-such-program-anywhere" in await host.explains("no-such-program-anywhere")

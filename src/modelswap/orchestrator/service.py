@@ -220,16 +220,17 @@ class Service:
         expected = self.journal.gateways
         self.post(self._configure(self.configured))
         for adopted in found.adopted:
-            self._adopt(adopted)
+            await self._adopt(adopted)
         self.post(events.Begin(at=self.clock(), expected=expected))
 
-    def _adopt(self, found: adoption.Adoption) -> None:
+    async def _adopt(self, found: adoption.Adoption) -> None:
         running = found.running
         _log.info("adopted", instance=running.instance, model=running.model, pid=running.pid, ready=found.ready)
         self.metrics.adoption("adopted" if found.ready else "resumed")
         if found.foreign:
             self._carrier.take_up(running)
         left = self.outside.measurements.of(running.model, running.definition, sleeping(found.asleep))
+        taken = left.host or (await sleepers.process_bytes(self.outside, running) if found.asleep else 0)
         self.outside.hosted[running.instance] = Hosted(
             instance=running.instance,
             model=running.model,
@@ -242,7 +243,7 @@ class Service:
             ready=found.ready,
             asleep=found.asleep,
             residue=(left.residue or 0) if found.asleep else 0,
-            host_bytes=(left.host or sleepers.process_bytes(running)) if found.asleep else 0,
+            host_bytes=taken if found.asleep else 0,
             rounds=1 if found.asleep else 0,
         )
         self.post(

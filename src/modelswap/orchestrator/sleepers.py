@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-import psutil
 import structlog
 
 from modelswap.core import events
@@ -20,6 +19,7 @@ from modelswap.orchestrator import hostmemory
 from modelswap.orchestrator.budget import Sleeper
 from modelswap.orchestrator.hosting import Hosted, Outside, pause
 from modelswap.orchestrator.measurements import COLD, sleeping, waking
+from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.base import Running
 from modelswap.spec.config import Model
 
@@ -82,14 +82,14 @@ async def expected_host(outside: Outside, hosted: Hosted, level: int) -> tuple[i
     """Return the host bytes that an instance is expected to take asleep, and what it takes now."""
     if hosted.rounds and hosted.host_bytes:
         return hosted.host_bytes, hosted.host_bytes
-    current = await asyncio.to_thread(process_bytes, hosted.running)
+    current = await process_bytes(outside, hosted.running)
     known = outside.measurements.of(hosted.model, hosted.definition, sleeping(level)).host
     if known is not None:
         return max(int(known * SLACK), hosted.host_bytes), current
     weights = 0
     if level == 1:
         weights = int(PINNED * outside.weights.get(hosted.definition, _held(hosted)))
-    return max(current, 0 if hosted.running and hosted.running.pid else USUAL_PROCESS) + weights, current
+    return (current or USUAL_PROCESS) + weights, current
 
 
 async def reserve(outside: Outside, hosted: Hosted, size: int, current: int) -> bool:
@@ -146,19 +146,12 @@ def used(outside: Outside, hosted: Hosted) -> None:
     outside.ranking.used(hosted.model, saved, size)
 
 
-def process_bytes(running: Running | None) -> int:
-    """Return the host memory of an instance's processes, shared pages divided among their users; 0 if unknown.
-
-    Blocks for some milliseconds per process.
-    """
-    if running is None or not running.pid:
-        return 0
+async def process_bytes(outside: Outside, running: Running | None) -> int:
+    """Return the host memory that an instance takes now; 0 if it can't be told."""
     try:
-        first = psutil.Process(running.pid)
-        processes = [first, *first.children(recursive=True)]
-    except psutil.Error:
+        return 0 if running is None else await outside.runtime.host_bytes(running)
+    except ModelswapError:  # its runtime is away for now
         return 0
-    return sum(_bytes_of(process) for process in processes)
 
 
 def weights_on_disk(spec: Model) -> int | None:
@@ -186,14 +179,3 @@ def _held(hosted: Hosted) -> int:
 
 def _busy(hosted: Hosted) -> bool:
     return hosted.job is not None and not hosted.job.done()
-
-
-def _bytes_of(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_full_info().pss)
-    except (psutil.Error, AttributeError):  # not ours to look at so closely, or a system that has no such number
-        pass
-    try:
-        return int(process.memory_info().rss)
-    except psutil.Error:
-        return 0

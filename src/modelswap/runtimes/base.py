@@ -172,6 +172,10 @@ class Runtime(Protocol):
         """Return whether a process of this very instance owns the listening socket at its address."""
         ...
 
+    async def host_bytes(self, running: Running) -> int:
+        """Return the host memory that the instance takes, beside files that were only read; 0 if nobody can tell."""
+        ...
+
     async def instances(self) -> list[Running]:
         """Return every live instance that carries our ids, and every one of a configured model that others started.
 

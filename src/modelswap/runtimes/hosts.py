@@ -165,6 +165,10 @@ class Hosts:
         """See `Runtime`."""
         return await self._hosting(running).listening(running)
 
+    async def host_bytes(self, running: Running) -> int:
+        """See `Runtime`."""
+        return await self._hosting(running).host_bytes(running)
+
     async def instances(self) -> list[Running]:
         """See `Runtime`."""
         return [running for runtime in self._all() for running in await runtime.instances()]

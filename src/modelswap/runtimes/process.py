@@ -19,7 +19,7 @@ from typing import Final
 import structlog
 
 from modelswap.engines.base import Address, Place, StandbyPlan
-from modelswap.runtimes import processes, spawn
+from modelswap.runtimes import memory, processes, spawn
 from modelswap.runtimes.base import (
     Exit,
     Known,
@@ -195,6 +195,12 @@ class ProcessRuntime:
             return not handle.ended() and self._table.listens(
                 running.address, running.pid, lambda: self._members(running.instance, running.pid)
             )
+
+    async def host_bytes(self, running: Running) -> int:
+        """See `Runtime`."""
+        if not self._lives(running.pid, running.born):
+            return 0
+        return await asyncio.to_thread(lambda: memory.proportional(self._members(running.instance, running.pid)))
 
     async def instances(self) -> list[Running]:
         """See `Runtime`. An instance whose main process has died is none, whatever it left behind (`sweep`)."""

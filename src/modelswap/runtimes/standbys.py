@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-import psutil
 import structlog
 
 from modelswap.engines.base import Address, Launch, StandbyPlan
-from modelswap.runtimes import spawn
+from modelswap.runtimes import memory, spawn
 from modelswap.runtimes.base import StandbyState, StartFailed
 from modelswap.runtimes.logfiles import LogFiles
 from modelswap.runtimes.processes import Handle, Ids, ProcessTable
@@ -169,7 +168,7 @@ class Standbys:
                 answer = await _say(standby.socket, {"ask": "state"})
                 if answer.get("ready"):
                     # It reads the kernel's account of every page: 10 ms and more.
-                    standby.host_bytes = await asyncio.to_thread(_private_bytes, standby.pid)
+                    standby.host_bytes = await asyncio.to_thread(memory.private, standby.pid)
                     standby.ready = True
                     _log.info("standby ready", key=standby.plan.key, pid=standby.pid, version=answer.get("version"))
                     return
@@ -216,12 +215,3 @@ async def _say(socket: Path, message: dict[str, Any]) -> dict[str, Any]:
 def _reap(pid: int) -> None:
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
-
-
-def _private_bytes(pid: int) -> int:
-    """Return the host memory that only this process uses; 0 if it has gone."""
-    try:
-        process = psutil.Process(pid)
-        return int(getattr(process.memory_full_info(), "uss", 0))
-    except (psutil.Error, OSError):
-        return 0

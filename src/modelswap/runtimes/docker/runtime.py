@@ -13,7 +13,7 @@ import structlog
 from modelswap.engines.base import Address, Place, StandbyPlan
 from modelswap.protocol.errors import Code, ModelswapError
 from modelswap.runtimes.base import Exit, Known, Report, Running, StandbyState, StartFailed, StartOrder, Unkillable
-from modelswap.runtimes.docker import api, logs
+from modelswap.runtimes.docker import api, logs, memory
 from modelswap.runtimes.docker.catalogue import Catalogue
 from modelswap.runtimes.docker.chores import Chores
 from modelswap.runtimes.docker.client import CALL_SECONDS, Trouble, failure, persistently
@@ -187,6 +187,10 @@ class DockerRuntime:
             return address_of(inspected, self._around, port) == running.address
         except Unreached:
             return False
+
+    async def host_bytes(self, running: Running) -> int:
+        """See `Runtime`."""
+        return await memory.of_container(self._docker, running.container)
 
     async def instances(self) -> list[Running]:
         """See `Runtime`."""

@@ -23,7 +23,7 @@ import structlog
 from modelswap.engines.base import StandbyPlan
 from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.base import NotPrepared, StandbyState, StartFailed
-from modelswap.runtimes.docker import api, body, execs, logs
+from modelswap.runtimes.docker import api, body, execs, logs, memory
 from modelswap.runtimes.docker.chores import Chores
 from modelswap.runtimes.docker.client import SLOW, START_SECONDS, DockerAway, Trouble, failure, persistently, says
 from modelswap.runtimes.docker.inspected import Inspected, is_running
@@ -213,7 +213,7 @@ class Standbys:
                     break
             await asyncio.sleep(pause)
             pause = min(_LONGEST_PAUSE, pause * 2)
-        standby.host_bytes = await self._memory(standby)
+        standby.host_bytes = await memory.of_container(self._docker, standby.container)
         standby.ready = True
         _log.info(
             "standby ready", key=standby.plan.key, container=standby.container[:12], version=answer.get("version")
@@ -224,20 +224,13 @@ class Standbys:
         while True:
             await asyncio.sleep(_LOOK_EVERY)
             await self._look(standby)
-            standby.host_bytes = await self._memory(standby) or standby.host_bytes
+            standby.host_bytes = await memory.of_container(self._docker, standby.container) or standby.host_bytes
 
     async def _look(self, standby: Standby) -> Inspected:
         found = await persistently(lambda: api.inspect(self._docker, standby.container), "looking at a standby")
         if found is None or not is_running(found):
             raise _Ended
         return found
-
-    async def _memory(self, standby: Standby) -> int:
-        with contextlib.suppress(*Trouble):
-            params = {"stream": "false", "one-shot": "true"}
-            said = await api.call(self._docker, "GET", f"containers/{standby.container}/stats", params=params)
-            return private_bytes(said)
-        return 0
 
     async def _last_words(self, standby: Standby) -> str:
         with contextlib.suppress(ModelswapError, *Trouble):
@@ -274,17 +267,6 @@ class Standbys:
                 raise StartFailed(
                     f"container {container[:12]}, on standby, can't be removed: {error.message}"
                 ) from error
-
-
-def private_bytes(stats: Mapping[str, Any]) -> int:
-    """Return the host memory that a container takes beside files it has read; 0 if Docker doesn't tell.
-
-    ``stats`` is what ``GET /containers/ID/stats`` says.
-    """
-    memory = stats.get("memory_stats") or {}
-    detail = memory.get("stats") or {}
-    # With cgroups v2, else with v1.
-    return int(detail.get("anon") or detail.get("total_rss") or detail.get("rss") or memory.get("usage") or 0)
 
 
 def _packed(script: Path) -> bytes:
