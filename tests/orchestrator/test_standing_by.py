@@ -6,14 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from modelswap.core.snapshot import Snapshot, SwapView
+from modelswap.core.swap import Phase
 from modelswap.engines.base import Address, Engine, Place, StandbyPlan
 from modelswap.engines.registry import engine_for
-from modelswap.orchestrator.standing_by import USUAL_BYTES, affordable, plans
+from modelswap.orchestrator.standing_by import USUAL_BYTES, affordable, moving, plans
 from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.base import StandbyState
 from modelswap.spec.config import Model
 
 PROGRAM = ["/venv/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
+
+
+def snapshot(*swaps: SwapView) -> Snapshot:
+    """Return a state in which only these swaps go on."""
+    return Snapshot(begun=True, generation=1, models=(), instances=(), devices=(), swaps=swaps, gateways=())
 
 
 class Images:
@@ -82,7 +89,15 @@ def test_only_what_the_memory_allows_is_kept(spare: int, kept: int) -> None:
     assert affordable(wanted, there, spare - USUAL_BYTES, quiet=True) == wanted[:kept]
 
 
-def test_nothing_is_made_while_somebody_waits() -> None:
+@pytest.mark.parametrize("phase", Phase)
+def test_one_may_be_made_while_a_model_drains(phase: Phase) -> None:
+    """Whoever waits for the next model gains by it; once the old one goes, the machine is the new one's."""
+    swap = SwapView(device="gpu", source="a", target="b", phase=phase, seconds=1.0, phases={})
+    assert moving(snapshot(swap)) == (phase is not Phase.DRAIN)
+    assert not moving(snapshot())
+
+
+def test_nothing_is_made_without_quiet() -> None:
     """A standby that is there stays, one that isn't has to wait for quiet."""
     wanted = [StandbyPlan(key, ("python",), Path("x"), {}) for key in "ab"]
     there = [StandbyState(key="b", ready=True, pid=1, host_bytes=1)]

@@ -1,4 +1,4 @@
-"""Keeps engine processes waiting for their models, made while nobody waits for anything else."""
+"""Keeps engine processes waiting for their models, made while the device is quiet: no model goes out or comes in."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Final, Protocol
 import msgspec
 import structlog
 
+from modelswap.core.snapshot import Snapshot
+from modelswap.core.swap import Phase
 from modelswap.engines.base import Address, Engine, Place, StandbyPlan
 from modelswap.orchestrator import sleepers
 from modelswap.orchestrator.facts import Configured
@@ -20,7 +22,7 @@ from modelswap.spec.config import Model
 
 LOOK_EVERY: Final = 1.0
 QUIET_FOR: Final = 3.0
-"""Seconds without a swap or a waiting request after which a standby may be made."""
+"""Seconds after a model has gone out or come in, after which a standby may be made."""
 USUAL_BYTES: Final = 700 << 20
 """Host memory that a standby is expected to take until it is measured (vLLM 0.32: 0.43 GiB when ready)."""
 PLAN_EVERY: Final = 60.0
@@ -94,7 +96,7 @@ class Asked(Protocol):
 
 
 async def keep_standing_by(service: Asked) -> None:
-    """Have standbys made while nobody waits, and let go while host memory is short, until cancelled."""
+    """Have standbys made while the device is quiet, and let go while host memory is short, until cancelled."""
     loop = asyncio.get_running_loop()
     runtime = service.outside.runtime
     configured: Configured | None = None
@@ -104,7 +106,7 @@ async def keep_standing_by(service: Asked) -> None:
     while True:
         await asyncio.sleep(LOOK_EVERY)
         now = loop.time()
-        if busy(service):
+        if moving(service.shell.snapshot()):
             busy_at = now
         if service.configured is not configured or now - planned_at > PLAN_EVERY:
             configured, planned_at = service.configured, now
@@ -120,10 +122,12 @@ async def keep_standing_by(service: Asked) -> None:
         await runtime.stand_by(kept)
 
 
-def busy(service: Asked) -> bool:
-    """Return whether a swap goes on, or anybody waits."""
-    shown = service.shell.snapshot()
-    return bool(shown.swaps) or any(model.waiting for model in shown.models)
+def moving(shown: Snapshot) -> bool:
+    """Return whether a model goes out or comes in.
+
+    One that drains doesn't, however many wait for the next: what is made meanwhile is there for them.
+    """
+    return any(swap.phase is not Phase.DRAIN for swap in shown.swaps)
 
 
 def host_bytes(outside: Outside) -> int:

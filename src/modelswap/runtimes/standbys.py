@@ -1,4 +1,4 @@
-"""Engine processes that wait for their model: made while nobody waits, spent by the next start.
+"""Engine processes that wait for their model: made while the device is quiet, spent by the next start.
 
 A standby is a child of ours in a session of its own, like an engine, and carries ids of its own: one that outlives us
 is a stray to the next orchestrator, which makes its own.

@@ -1,4 +1,4 @@
-"""Containers that wait for their model: made while nobody waits, spent by the next start.
+"""Containers that wait for their model: made while the device is quiet, spent by the next start.
 
 Each is made like the containers of the models that it may serve, with another program: the one file of the plan, which
 is put into it, and spoken to by commands that are run in it. So it may be on another machine, or on a network of ours.
