@@ -327,18 +327,15 @@ async def test_dockers_disk_is_not_seen_from_a_container(tmp_path: Path) -> None
     assert "images" not in found[0].message
 
 
-@pytest.mark.parametrize(
-    ("available", "largest", "level"), [(30, 10, OK), (1, 10, WARNING), (30, 80, NOTE)], ids=["fine", "low", "large"]
-)
-def test_host_memory(available: int, largest: int, level: Level) -> None:
-    """Little of it kills engines while they start; weights larger than all of it never stay in the page cache."""
-    assert disk.of_memory(64 * GIB, available * GIB, largest * GIB).level is level
+@pytest.mark.parametrize(("available", "level"), [(30, OK), (1, WARNING)], ids=["fine", "low"])
+def test_host_memory(available: int, level: Level) -> None:
+    """Little of it kills engines while they start."""
+    assert disk.of_memory(64 * GIB, available * GIB).level is level
 
 
-async def test_host_memory_of_this_machine(tmp_path: Path) -> None:
-    """It is read, and compared with the weights that are here."""
-    cached(tmp_path / "hub", "org/m", WHOLE)
-    (found,) = await disk.memory(scene(VLLM, env={"HF_HOME": str(tmp_path)}))
+async def test_host_memory_of_this_machine() -> None:
+    """It is read."""
+    (found,) = await disk.memory(scene(VLLM))
     assert "host memory available" in found.message
 
 
