@@ -24,7 +24,8 @@ from modelswap.orchestrator.store import Store
 from modelswap.runtimes.docker.images import Image
 from modelswap.spec.digest import definition
 from modelswap.spec.load import load
-from tests.cli.doctoring import GIB, FakeDocker, config, gpu_of, one, scene
+from tests.cli.doctoring import GIB, FakeDocker, cached, config, gpu_of, one, scene
+from tests.cli.doctoring import WHOLE as REPOSITORY
 from tests.ports import free_port
 
 OK, NOTE, WARNING, PROBLEM = Level.OK, Level.NOTE, Level.WARNING, Level.PROBLEM
@@ -324,6 +325,25 @@ async def test_usual_figures_are_named_as_such(tmp_path: Path) -> None:
     )
     assert hint.remedy == "modelswap calibrate measures it, and swaps do in passing"
     assert names(tmp_path) == set()
+
+
+async def test_weights_and_where_they_lie(tmp_path: Path) -> None:
+    """In the hub's cache, in a file, guessed from a name; of a model beside the device nobody asks."""
+    cached(tmp_path / "hub", "org/here", REPOSITORY)
+    (tmp_path / "m.gguf").write_bytes(bytes(5000))
+    models = (
+        f"a: {{model: org/here, {PROGRAM}}}, b: {{engine: llamacpp, model: {tmp_path}/m.gguf}},"
+        f" c: {{model: org/away-7b, {PROGRAM}}}, d: {{model: org/secret, {PROGRAM}}},"
+        f" e: {{model: org/here, {PROGRAM}, device: none}}"
+    )
+    looked = await subjects.look(scene(models, status=status(), env={"HF_HOME": str(tmp_path)}))
+    assert {each.name: each.weights for each in looked.models} == {
+        "a": (subjects.Kept(8194, tmp_path / "hub" / "models--org--here"),),
+        "b": (subjects.Kept(5000, tmp_path / "m.gguf"),),
+        "c": (subjects.Kept(14 * 10**9),),
+        "d": (),
+    }
+    assert looked.models[3].size is None
 
 
 # The whole
