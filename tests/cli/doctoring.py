@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from modelswap.spec.config import Config, Model
 from modelswap.spec.load import loads
 
 GIB = 1 << 30
+WHOLE = {"config.json": b"{}", "model.safetensors": b"w" * 8192}
+"""A repository of which nothing is missing, for `cached`."""
 
 
 @dataclass(slots=True)
@@ -123,3 +126,17 @@ def one(findings: list[Finding], words: str) -> Finding:
     found = [finding for finding in findings if words in finding.message]
     assert len(found) == 1, [finding.message for finding in findings]
     return found[0]
+
+
+def cached(hub: Path, repo: str, files: dict[str, bytes], revision: str = "main") -> None:
+    """Write a repository as the hub's client keeps it, with a listing of all its files."""
+    folder, commit = hub / ("models--" + repo.replace("/", "--")), "1" * 40
+    for sub in ("refs", "blobs", "trees", f"snapshots/{commit}"):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / revision).write_text(commit)
+    listing: dict[str, Any] = {}
+    for number, (name, content) in enumerate(files.items()):
+        (folder / "blobs" / str(number)).write_bytes(content)
+        (folder / "snapshots" / commit / name).symlink_to(folder / "blobs" / str(number))
+        listing[name] = {"size": len(content), "blob_id": str(number)}
+    (folder / "trees" / f"{commit}.json").write_text(json.dumps({"format_version": 1, "files": listing}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from modelswap.devices.base import Holder
 from modelswap.runtimes.docker.images import Image
 from modelswap.runtimes.docker.surroundings import Surroundings
 from modelswap.weights.repo import Repo
-from tests.cli.doctoring import GIB, FakeDocker, config, gpu_of, levels, scene
+from tests.cli.doctoring import GIB, WHOLE, FakeDocker, cached, config, gpu_of, levels, scene
 
 OK, NOTE, WARNING, PROBLEM = Level.OK, Level.NOTE, Level.WARNING, Level.PROBLEM
 VLLM = "a: {model: org/m, program: [vllm], args: [--gpu-memory-utilization, 0.5]}"
@@ -132,23 +131,6 @@ async def test_fitting_is_looked_at_with_docker_or_without() -> None:
 
 
 # Weights
-
-
-def cached(hub: Path, repo: str, files: dict[str, bytes], revision: str = "main") -> None:
-    """Write a repository as the hub's client keeps it, with a listing of all its files."""
-    folder, commit = hub / ("models--" + repo.replace("/", "--")), "1" * 40
-    for sub in ("refs", "blobs", "trees", f"snapshots/{commit}"):
-        (folder / sub).mkdir(parents=True, exist_ok=True)
-    (folder / "refs" / revision).write_text(commit)
-    listing: dict[str, Any] = {}
-    for number, (name, content) in enumerate(files.items()):
-        (folder / "blobs" / str(number)).write_bytes(content)
-        (folder / "snapshots" / commit / name).symlink_to(folder / "blobs" / str(number))
-        listing[name] = {"size": len(content), "blob_id": str(number)}
-    (folder / "trees" / f"{commit}.json").write_text(json.dumps({"format_version": 1, "files": listing}))
-
-
-WHOLE = {"config.json": b"{}", "model.safetensors": b"w" * 8192}
 
 
 async def test_weights_that_are_here(tmp_path: Path) -> None:
@@ -327,18 +309,15 @@ async def test_dockers_disk_is_not_seen_from_a_container(tmp_path: Path) -> None
     assert "images" not in found[0].message
 
 
-@pytest.mark.parametrize(
-    ("available", "largest", "level"), [(30, 10, OK), (1, 10, WARNING), (30, 80, NOTE)], ids=["fine", "low", "large"]
-)
-def test_host_memory(available: int, largest: int, level: Level) -> None:
-    """Little of it kills engines while they start; weights larger than all of it never stay in the page cache."""
-    assert disk.of_memory(64 * GIB, available * GIB, largest * GIB).level is level
+@pytest.mark.parametrize(("available", "level"), [(30, OK), (1, WARNING)], ids=["fine", "low"])
+def test_host_memory(available: int, level: Level) -> None:
+    """Little of it kills engines while they start."""
+    assert disk.of_memory(64 * GIB, available * GIB).level is level
 
 
-async def test_host_memory_of_this_machine(tmp_path: Path) -> None:
-    """It is read, and compared with the weights that are here."""
-    cached(tmp_path / "hub", "org/m", WHOLE)
-    (found,) = await disk.memory(scene(VLLM, env={"HF_HOME": str(tmp_path)}))
+async def test_host_memory_of_this_machine() -> None:
+    """It is read."""
+    (found,) = await disk.memory(scene(VLLM))
     assert "host memory available" in found.message
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from pathlib import Path
 
 import pytest
 
-from modelswap.orchestrator.measurements import COLD, FAILURES, Measurements, agrees, sleeping, waking
+from modelswap.orchestrator.measurements import COLD, FAILURES, Measurements, agrees, kept_in, sleeping, table, waking
 from modelswap.orchestrator.store import Store
 
 LONG = ("the", "quick", "brown", "fox", "jumps", "over")
@@ -41,6 +43,34 @@ async def test_everything_is_there_for_the_next_orchestrator(store: Store, tmp_p
     assert second.reference("a", "d") == LONG
     assert [row["mechanism"] for row in second.table([("a", "d")])] == ["cold", "sleep1", "wake1"]
     await again.close()
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Return what files hold, and when they were written."""
+    return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.iterdir()}
+
+
+async def test_who_only_looks_leaves_the_database_as_it_is(store: Store, tmp_path: Path) -> None:
+    """It is read while its orchestrator runs, and after one was killed: nothing is made, locked or changed."""
+    measured = Measurements(store)
+    measured.took("a", "d", COLD, 10.0)
+    await store.read("select 1")  # after what was sent
+    before = contents(tmp_path)
+    assert "db-wal" in before
+    assert table(kept_in(tmp_path / "db"), [("a", "d")]) == measured.table([("a", "d")])
+    assert contents(tmp_path) == before
+    await store.close()
+
+
+def test_a_database_that_isnt_one_tells_nothing(tmp_path: Path) -> None:
+    """None there, no database, one without the table, records of another version."""
+    assert kept_in(tmp_path / "db") == [] and not list(tmp_path.iterdir())
+    (tmp_path / "db").write_text("no database at all, but long enough to be looked at as if it were one")
+    assert kept_in(tmp_path / "db") == []
+    with contextlib.closing(sqlite3.connect(tmp_path / "other")) as db:
+        assert kept_in(tmp_path / "other") == []
+        db.executescript("create table measurements (record); insert into measurements values ('{}'), (null)")
+    assert kept_in(tmp_path / "other") == []
 
 
 async def test_the_average_follows_and_a_first_time_does_not_count(store: Store) -> None:

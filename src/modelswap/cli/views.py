@@ -79,13 +79,11 @@ def measurements(found: Sequence[Json]) -> Table:
 
 
 def _way(model: Json) -> Text:
-    level = int(model.get("sleep_level") or 0)
-    way = Text(f"sleep, level {level}" if level else "stop")
+    way = Text(words.way(int(model.get("sleep_level") or 0)))
     if model.get("pinned"):
         way.append(" (pinned)", "yellow")
-    off = [row for row in model.get("measurements") or [] if row.get("ok") is False]
-    for row in off:
-        way.append(f"\n{row.get('mechanism')} is off: {row.get('reason')}", "red")
+    for told in words.off(model.get("measurements") or []):
+        way.append(f"\n{told}", "red")
     return way
 
 

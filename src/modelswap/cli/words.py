@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from rich.text import Text
@@ -54,6 +55,16 @@ def size(count: int | None) -> str:
 def state(name: str) -> Text:
     """Return an instance's state in its colour."""
     return Text(name, _STATE_STYLES.get(name, ""))
+
+
+def way(level: int) -> str:
+    """Return how a model is put out that sleeps at ``level``, 0 if it is stopped."""
+    return f"sleep, level {level}" if level else "stop"
+
+
+def off(measurements: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return which mechanisms were found to fail, and why, from the rows of a model's measurements."""
+    return [f"{row.get('mechanism')} is off: {row.get('reason')}" for row in measurements if row.get("ok") is False]
 
 
 def step(calibrating: dict[str, Any]) -> str:

@@ -65,7 +65,7 @@ async def serve(
             engine_for=engine_for,
             load=load_latest,
             token=tokens.token(folder),
-            database=folder / "modelswap.db",
+            database=folder / state.DATABASE,
             weights=HubWeights(cache=shared_home(config.docker), mounted=hosts.shares_cache),
         )
         if sock is None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from modelswap.core.estimates import Average
-from modelswap.orchestrator.store import Store
+from modelswap.orchestrator.store import Store, peek
 
 COLD: Final = "cold"
 STANDBY: Final = "standby"
@@ -21,6 +22,7 @@ LEAST_AGREEMENT: Final = 4
 """Fewer tokens in common prove nothing, unless the whole answers are equal."""
 FAILURES: Final = 3
 """A level that failed so many times in a row isn't used any more."""
+_QUERY: Final = "select record from measurements"
 
 
 def sleeping(level: int) -> str:
@@ -76,11 +78,7 @@ class Measurements:
 
     async def begin(self) -> None:
         """Read what earlier orchestrators measured."""
-        for (record,) in await self._store.read("select record from measurements"):
-            try:
-                found = msgspec.json.decode(record, type=Measured)
-            except msgspec.DecodeError:  # written by another version
-                continue
+        for found in _decoded(await self._store.read(_QUERY)):
             self._known[found.model, found.mechanism] = found
 
     def of(self, model: str, definition: str, mechanism: str) -> Measured:
@@ -171,26 +169,7 @@ class Measurements:
 
     def table(self, definitions: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
         """Return what holds for these models (name, definition) as plain data, by model and mechanism."""
-        current = dict(definitions)
-        return [
-            {
-                "model": found.model,
-                "mechanism": found.mechanism,
-                "ok": found.ok,
-                "reason": found.reason,
-                "first_seconds": found.first,
-                "steady_seconds": found.steady,
-                "last_seconds": found.last,
-                "count": found.count,
-                "residue_bytes": found.residue,
-                "host_bytes": found.host,
-                "reference_tokens": len(found.reference) if found.mechanism == COLD else None,
-                "engine_version": found.version or None,
-                "at": found.at,
-            }
-            for _, found in sorted(self._known.items())
-            if current.get(found.model) == found.definition
-        ]
+        return table((found for _, found in sorted(self._known.items())), definitions)
 
     def _put(self, before: Measured, **changes: object) -> None:
         measured = msgspec.structs.replace(before, at=time.time(), **changes)
@@ -200,9 +179,49 @@ class Measurements:
         self.on_change(measured.model)
 
 
+def table(known: Iterable[Measured], definitions: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Return which of ``known`` holds for these models (name, definition), as plain data in the same order."""
+    current = dict(definitions)
+    return [
+        {
+            "model": found.model,
+            "mechanism": found.mechanism,
+            "ok": found.ok,
+            "reason": found.reason,
+            "first_seconds": found.first,
+            "steady_seconds": found.steady,
+            "last_seconds": found.last,
+            "count": found.count,
+            "residue_bytes": found.residue,
+            "host_bytes": found.host,
+            "reference_tokens": len(found.reference) if found.mechanism == COLD else None,
+            "engine_version": found.version or None,
+            "at": found.at,
+        }
+        for found in known
+        if current.get(found.model) == found.definition
+    ]
+
+
+def kept_in(database: Path) -> list[Measured]:
+    """Return what an orchestrator has measured that may run or not; nothing if its database can't be read.
+
+    Blocks for the reading of a file, which is left as it is.
+    """
+    return list(_decoded(peek(database, _QUERY)))
+
+
 def agrees(answer: tuple[str, ...] | None, reference: tuple[str, ...]) -> bool:
     """Return whether a greedy answer begins as the reference says."""
     return answer is not None and answer[: len(reference)] == reference
+
+
+def _decoded(rows: Iterable[tuple[Any, ...]]) -> Iterator[Measured]:
+    for (record,) in rows:
+        try:
+            yield msgspec.json.decode(record, type=Measured)
+        except (msgspec.DecodeError, TypeError):  # written by another version
+            continue
 
 
 def _common(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:

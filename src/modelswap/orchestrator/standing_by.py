@@ -47,23 +47,36 @@ async def plans(models: Mapping[str, Model], engines: Mapping[str, Engine], plac
     wait for.
     """
     found: dict[str, StandbyPlan] = {}
-    if sum(model.device == "gpu" for model in models.values()) < 2:
+    if not take_turns(models):
         return []
     for name, model in models.items():
-        if not model.standby or model.runtime == "adopted":
-            continue
         try:
-            place = _SOMEWHERE if model.runtime == "process" else await places.allocate(model)
-            launch = await asyncio.to_thread(engines[name].launch, name, model, place.address, place.program)
-            plan = await asyncio.to_thread(engines[name].standby, model, launch)
+            wanted = await plan(name, model, engines[name], places)
         except ModelswapError:
             continue  # its start will say why
-        if plan is None:
+        if wanted is None:
             continue
-        known = found.get(plan.key)
-        hints = dict.fromkeys((*(known.hints if known else ()), *plan.hints))
-        found[plan.key] = msgspec.structs.replace(known or plan, hints=tuple(hints))
+        known = found.get(wanted.key)
+        hints = dict.fromkeys((*(known.hints if known else ()), *wanted.hints))
+        found[wanted.key] = msgspec.structs.replace(known or wanted, hints=tuple(hints))
     return list(found.values())
+
+
+def take_turns(models: Mapping[str, Model]) -> bool:
+    """Return whether there is anything to swap."""
+    return sum(model.device == "gpu" for model in models.values()) > 1
+
+
+async def plan(name: str, model: Model, engine: Engine, places: Places) -> StandbyPlan | None:
+    """Return how a standby for a model waits; None if it shall or can have none.
+
+    Raises `ModelswapError` where it can't be started at all, or not yet (its image isn't here).
+    """
+    if not model.standby or model.runtime == "adopted":
+        return None
+    place = _SOMEWHERE if model.runtime == "process" else await places.allocate(model)
+    launch = await asyncio.to_thread(engine.launch, name, model, place.address, place.program)
+    return await asyncio.to_thread(engine.standby, model, launch)
 
 
 def affordable(

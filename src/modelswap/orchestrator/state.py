@@ -7,9 +7,13 @@ import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Final
 
 from modelswap.protocol.errors import ModelswapError
 from modelswap.spec.config import Config
+
+DATABASE: Final = "modelswap.db"
+"""The journal's name in the state folder."""
 
 
 class StateDirUnusable(ModelswapError):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import sqlite3
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -201,6 +203,26 @@ class Store:
         code = error_code(error) if isinstance(error, sqlite3.Error) else None
         remedy = _REMEDIES.get(code, "") if code is not None else ""
         return f"{self._path}: {error}" + (f" ({remedy})" if remedy else "")
+
+
+def peek(path: Path, query: str) -> list[tuple[Any, ...]]:
+    """Return the rows of a query on a file that may be somebody else's just now; none if it can't be read.
+
+    A copy is read, so that nothing is made, locked or mended beside the file: SQLite does all of that even for who
+    only reads, if there is a write-ahead log.
+    """
+    with tempfile.TemporaryDirectory(prefix="modelswap-") as folder:
+        copy = Path(folder) / path.name
+        try:
+            for suffix in ("", "-wal"):
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.copyfile(path.with_name(path.name + suffix), copy.with_name(copy.name + suffix))
+            if not copy.is_file():
+                return []
+            with contextlib.closing(sqlite3.connect(copy)) as db:
+                return db.execute(query).fetchall()
+        except (OSError, sqlite3.Error):
+            return []
 
 
 def error_code(error: sqlite3.Error) -> int | None:

@@ -11,7 +11,19 @@ from typing import Final
 
 from rich.console import Console
 
-from modelswap.cli.doctor import adopted, configured, disk, engine, files, gpu, images, printing, services, weights
+from modelswap.cli.doctor import (
+    adopted,
+    configured,
+    disk,
+    engine,
+    files,
+    gpu,
+    images,
+    printing,
+    services,
+    speed,
+    weights,
+)
 from modelswap.cli.doctor.finding import Level
 from modelswap.cli.doctor.outside import real_scene
 from modelswap.cli.doctor.run import Check, Report, examine
@@ -39,6 +51,7 @@ CHECKS: Final = (
     Check("Containers", "GPUs in containers", images.see_gpus, _DEEP),
     Check("Weights", "weights", weights.here),
     Check("Weights", "cache folders", weights.caches),
+    Check("Speed", "how fast models come in", speed.ways),
     Check("Room", "disks", disk.room),
     Check("Room", "host memory", disk.memory),
 )

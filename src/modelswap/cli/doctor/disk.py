@@ -11,7 +11,7 @@ from typing import Final
 import psutil
 
 from modelswap.cli.doctor import weights
-from modelswap.cli.doctor.finding import Finding, fine, note, problem, warning
+from modelswap.cli.doctor.finding import Finding, fine, problem, warning
 from modelswap.cli.doctor.scene import Scene, ToldElsewhere, in_thread
 from modelswap.cli.words import size
 from modelswap.engines.paths import is_there
@@ -99,21 +99,13 @@ def of_disk(disk: Disk) -> Finding:
 
 async def memory(scene: Scene) -> list[Finding]:
     """Whether the host has memory to load models through."""
-    largest = 0
-    for wanted in await weights.wanted_repos(scene):
-        if wanted.hub is not None:
-            hub, repo = wanted.hub, wanted.repo
-            kept = await in_thread(lambda hub=hub, repo=repo: weights.kept_in(hub, repo))  # type: ignore[misc]
-            largest = max(largest, kept.bytes)
     seen = psutil.virtual_memory()
-    return [of_memory(seen.total, seen.available, largest)]
+    return [of_memory(seen.total, seen.available)]
 
 
-def of_memory(total: int, available: int, largest: int) -> Finding:
-    """Judge host memory; ``largest`` is the size of the largest weights that are here, in bytes."""
+def of_memory(total: int, available: int) -> Finding:
+    """Judge host memory; whether weights stay in it is told of where it costs time (`hints.page_cache`)."""
     told = f"{size(available)} of {size(total)} host memory available"
     if available < _LITTLE_MEMORY:
         return warning(told, "an engine may be killed while it starts: end other programs, or add swap")
-    if largest > total:
-        return note(f"{told}; the largest weights ({size(largest)}) are read from disk at every swap", None)
     return fine(told)
