@@ -232,7 +232,7 @@ async def test_the_process_list_may_be_refused(
     machine.holds_by_kfd(10, card, GIB)
     machine.opens(10, 3, fdinfo())
     forbidden = machine.root / refused
-    iterdir, read_text = Path.iterdir, Path.read_text
+    iterdir, read_text, listdir = Path.iterdir, Path.read_text, os.listdir
 
     def guard(path: Path) -> None:
         # Not by permissions: tests may run as root.
@@ -243,11 +243,16 @@ async def test_the_process_list_may_be_refused(
         guard(path)
         return iterdir(path)
 
+    def names(path: str) -> list[str]:
+        guard(Path(path))
+        return listdir(path)
+
     def reading(path: Path, *args: object, **more: object) -> str:
         guard(path)
         return read_text(path, *args, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Path, "iterdir", listing)
+    monkeypatch.setattr(os, "listdir", names)
     monkeypatch.setattr(Path, "read_text", reading)
     found = await read(machine)
     assert (found.total, found.free) == (24 * GIB, 23 * GIB)

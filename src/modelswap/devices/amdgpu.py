@@ -83,6 +83,7 @@ class _Gpu:
         self._root = root
         self._holders = Holders(self._card, root)
         self._kfd: Kfd | None = None
+        self._is_apu: bool | None = None
         self.name = self._card.name(root)
         try:
             self._memory()
@@ -116,7 +117,10 @@ class _Gpu:
         vram = self._card.number("mem_info_vram_total")
         if kfd.bank is not None:
             return "gtt" if kfd.bank > vram else "vram"
-        return "gtt" if self._card.is_apu() and self._card.number("mem_info_gtt_total") > vram else "vram"
+        if self._is_apu is None:
+            # Asked once: to answer, the driver asks the GPU's firmware.
+            self._is_apu = self._card.is_apu()
+        return "gtt" if self._is_apu and self._card.number("mem_info_gtt_total") > vram else "vram"
 
     def _told(self) -> str:
         return f"GPU {self.index} ({self.name}, {self._card.address})"

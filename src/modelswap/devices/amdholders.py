@@ -19,6 +19,7 @@ documentation, "DRM client usage stats"):
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,15 +92,25 @@ class Holders:
     def _drm_clients(self, pool: Pool) -> Iterator[tuple[int, int]]:
         for process in _numbered(self._root / "proc"):
             clients: dict[str, int] = {}
-            with contextlib.suppress(OSError):  # another user's, or ended meanwhile
-                for descriptor in (process / "fd").iterdir():
-                    with contextlib.suppress(OSError, ValueError):
-                        if str(descriptor.readlink()).startswith("/dev/dri/"):
-                            said = _keys((process / "fdinfo" / descriptor.name).read_text())
-                            if said.get("drm-driver") == "amdgpu" and said.get("drm-pdev") == self._card.address:
-                                clients[said.get("drm-client-id", descriptor.name)] = _size(said, pool)
+            for descriptor in _render_nodes(process):
+                with contextlib.suppress(OSError, ValueError):
+                    said = _keys((process / "fdinfo" / descriptor).read_text())
+                    if said.get("drm-driver") == "amdgpu" and said.get("drm-pdev") == self._card.address:
+                        clients[said.get("drm-client-id", descriptor)] = _size(said, pool)
             if clients:
                 yield int(process.name), sum(clients.values())
+
+
+def _render_nodes(process: Path) -> list[str]:
+    """Return the numbers of the descriptors by which a process has graphics devices open, as far as we may know."""
+    folder, found = str(process / "fd"), []
+    with contextlib.suppress(OSError):  # another user's, or ended meanwhile
+        # Without path objects, that is twice as fast, and there are many thousands.
+        for descriptor in os.listdir(folder):  # noqa: PTH208
+            with contextlib.suppress(OSError):
+                if os.readlink(f"{folder}/{descriptor}").startswith("/dev/dri/"):  # noqa: PTH115
+                    found.append(descriptor)
+    return found
 
 
 def _is_at(properties: dict[str, int], card: Card) -> bool:
