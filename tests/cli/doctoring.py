@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from modelswap.cli.doctor.finding import Finding, Level
 from modelswap.cli.doctor.scene import Engine, Gpu, Scene
+from modelswap.devices.amdcards import Nodes
 from modelswap.devices.base import Reading
 from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.docker.finding import NoSuchContainer
@@ -37,6 +38,7 @@ class FakeDocker:
     called: dict[str, str] = field(default_factory=dict)
     gpus: tuple[int, str] = (0, "GPU 0: NVIDIA L4 (UUID: GPU-1)\n")
     ran: list[str] = field(default_factory=list)
+    asked: list[Sequence[Nodes]] = field(default_factory=list)
 
     async def version(self) -> Mapping[str, Any]:
         """See `Engine`."""
@@ -71,9 +73,10 @@ class FakeDocker:
         """See `Engine`."""
         return self.called
 
-    async def gpus_seen(self, name: str, spec: Model, image: Image, device: int) -> tuple[int, str]:
+    async def gpus_seen(self, name: str, spec: Model, image: Image, amd: Sequence[Nodes]) -> tuple[int, str]:
         """See `Engine`."""
         self.ran.append(name)
+        self.asked.append(amd)
         return self.gpus
 
 

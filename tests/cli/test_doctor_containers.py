@@ -11,7 +11,8 @@ import pytest
 
 from modelswap.cli.doctor import adopted, engine, images, outside
 from modelswap.cli.doctor.finding import Finding, Level
-from modelswap.cli.doctor.scene import ToldElsewhere
+from modelswap.cli.doctor.scene import Gpu, ToldElsewhere
+from modelswap.devices.amdcards import Nodes
 from modelswap.runtimes.docker.client import DockerAway
 from modelswap.runtimes.docker.images import Image
 from modelswap.runtimes.docker.surroundings import NoSuchNetwork, Surroundings
@@ -151,6 +152,12 @@ async def test_docker_gives_gpus() -> None:
     none = gpu_of(free=1)
     nowhere = await judged(Surroundings(), gpu=type(none)("slot", "slot", None, "no driver"))
     assert nowhere.level is WARNING and "gpus: none" in str(nowhere.remedy)
+    files = Nodes(("/dev/kfd", "/dev/dri/renderD129"))
+    radeon = Gpu(
+        "Radeon", "amdgpu", none.reading, amd=(Nodes(("/dev/kfd", "/dev/dri/renderD128")), files), own=files.paths
+    )
+    given = await judged(Surroundings(), gpu=radeon)
+    assert given.level is OK and given.message.endswith("Radeon by its device files: /dev/kfd, /dev/dri/renderD129")
 
 
 @pytest.mark.parametrize(
@@ -238,6 +245,20 @@ def test_what_a_container_sees(status: int, said: str, level: Level) -> None:
     assert found.level is level
     if level is PROBLEM and said:
         assert said.strip() in found.message
+
+
+async def test_what_a_container_sees_of_amds() -> None:
+    """The files that its user may use; without any it is told what that takes."""
+    files = Nodes(("/dev/kfd", "/dev/dri/renderD128"))
+    radeon = Gpu("Radeon", "amdgpu", gpu_of(free=1).reading, amd=(files,), own=files.paths)
+    for said, level in (("/dev/kfd\n/dev/dri/renderD128\nuid=0(root)\n", OK), ("uid=1000 gid=1000\n", PROBLEM)):
+        docker = FakeDocker(images={"i": HERE}, gpus=(0, said))
+        (found,) = await images.see_gpus(scene(MANAGED, docker=docker, gpu=radeon, deep=True))
+        assert found.level is level and docker.asked == [(files,)]
+        assert found.message.endswith(
+            "sees /dev/kfd; /dev/dri/renderD128" if level is OK else "no GPU (it said: uid=1000 gid=1000)"
+        )
+        assert level is OK or "models.a.devices" in str(found.remedy)
 
 
 # Adopted containers

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 
-from modelswap.cli.doctor import disk, gpu, weights
+from modelswap.cli.doctor import disk, gpu, outside, weights
 from modelswap.cli.doctor.finding import Finding, Level
+from modelswap.cli.doctor.gpu import Rights
 from modelswap.cli.doctor.scene import Gpu, ToldElsewhere
+from modelswap.devices.amdcards import Nodes
+from modelswap.devices.amdgpu import AmdGpuDevice
 from modelswap.devices.base import Holder
 from modelswap.runtimes.docker.images import Image
 from modelswap.runtimes.docker.surroundings import Surroundings
+from modelswap.testing.fake_amdgpu import FakeAmdMachine
 from modelswap.weights.repo import Repo
 from tests.cli.doctoring import GIB, WHOLE, FakeDocker, cached, config, gpu_of, levels, scene
 
@@ -47,6 +51,51 @@ def test_no_gpu_is_no_news_where_no_model_wants_one() -> None:
     """Models beside the device need none."""
     loaded = config("a: {engine: custom, command: [x], device: none}")
     assert levels(gpu.of_device(Gpu("slot", "slot", None, "no driver"), loaded)) == [NOTE]
+
+
+def radeon(*files: str) -> Gpu:
+    """Return an AMD GPU that is used by these device files."""
+    return Gpu("Radeon", "amdgpu", gpu_of(free=20).reading, amd=(Nodes(files),), own=files)
+
+
+@pytest.mark.parametrize(
+    ("rights", "expected", "words"),
+    [
+        ((Rights(True, True, "render"), Rights(True, True, "video")), [], ""),
+        ((Rights(True, False, "render"), Rights(True, False, "video")), [PROBLEM], "usermod -aG render,video $USER"),
+        ((Rights(True, False, "render"), Rights(True, True, "video")), [PROBLEM], "usermod -aG render $USER"),
+        ((Rights(False), Rights(False)), [WARNING, WARNING], "devices: [/dev/kfd, /dev/dri]"),
+    ],
+)
+def test_who_may_use_an_amd_gpu(rights: tuple[Rights, Rights], expected: list[Level], words: str) -> None:
+    """Engines that are our processes need its device files: missing groups are named, and missing files."""
+    files = ("/dev/kfd", "/dev/dri/renderD128")
+    found = gpu.of_rights(radeon(*files), config(VLLM), dict(zip(files, rights, strict=True)).__getitem__)
+    assert levels(found) == expected
+    assert all(words in str(each.remedy) for each in found)
+
+
+def test_rights_are_looked_at_where_they_matter(tmp_path: Path) -> None:
+    """Not for other GPUs, nor for models in containers; without ROCm's file that is what there is to say."""
+    file = tmp_path / "renderD128"
+    file.touch()
+    assert gpu.of_rights(gpu_of(free=1), config(VLLM)) == []
+    assert gpu.of_rights(radeon("/dev/none"), config("a: {image: i, model: m}")) == []
+    (found,) = gpu.of_rights(radeon(str(file)), config(VLLM))
+    assert found.level is NOTE and "Vulkan only" in found.message
+    assert levels(gpu.of_rights(radeon(str(tmp_path / "none")), config(VLLM))) == [NOTE, WARNING]
+
+
+async def test_an_amd_gpu_is_looked_at_with_its_files(tmp_path: Path) -> None:
+    """What other checks need to know of it comes with its reading."""
+    machine = FakeAmdMachine(tmp_path / "root")
+    machine.add_card("0000:03:00.0", number=0)
+    machine.add_card("0000:04:00.0", number=1)
+    device = AmdGpuDevice.open(1, machine.root)
+    found = await outside._read(device)
+    await device.aclose()
+    assert (found.kind, found.own, len(found.amd)) == ("amdgpu", ("/dev/dri/renderD129",), 2)
+    assert gpu.of_device(found, config(VLLM))[0].message == "AMD GPU 1002:744c: 24.0 GiB of 24.0 GiB free"
 
 
 def share(size: float | None, *, ours: bool) -> gpu.Share:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from modelswap.devices.amdgpu import AmdGpuDevice
 from modelswap.devices.base import Device, Reading
 from modelswap.devices.choose import AnyDevice, open_device
 from modelswap.devices.nvml import NvmlDevice
@@ -12,16 +13,21 @@ from modelswap.devices.release import verified_release
 from modelswap.devices.simulated import SimulatedDevice
 from modelswap.devices.slot import SlotDevice
 from modelswap.spec.config import Device as DeviceConfig
+from modelswap.testing.fake_amdgpu import FakeAmdMachine
 from modelswap.testing.fake_nvml import FakeNvml
 from modelswap.testing.ledger import Ledger
 
 
-@pytest.fixture(params=["nvml", "simulated", "slot"])
+@pytest.fixture(params=["nvml", "amdgpu", "simulated", "slot"])
 async def device(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[AnyDevice]:
     """Return an open device of each kind."""
     ledger = Ledger.create(tmp_path / "gpu.json", 100)
+    machine = FakeAmdMachine(tmp_path / "root")
+    machine.add_card()
     opened = open_device(
-        DeviceConfig(kind=request.param, ledger=ledger.path if request.param == "simulated" else None), nvml=FakeNvml()
+        DeviceConfig(kind=request.param, ledger=ledger.path if request.param == "simulated" else None),
+        nvml=FakeNvml(),
+        root=machine.root,
     )
     yield opened
     await opened.aclose()
@@ -31,8 +37,8 @@ def test_it_says_what_it_is(device: AnyDevice) -> None:
     """A device has a name for people and its kind, and fulfils the Protocol."""
     fulfils: Device = device
     assert fulfils.name
-    assert fulfils.kind in ("nvml", "simulated", "slot")
-    assert isinstance(device, NvmlDevice | SimulatedDevice | SlotDevice)
+    assert fulfils.kind in ("nvml", "amdgpu", "simulated", "slot")
+    assert isinstance(device, NvmlDevice | AmdGpuDevice | SimulatedDevice | SlotDevice)
 
 
 async def test_readings_make_sense(device: AnyDevice) -> None:
@@ -59,6 +65,6 @@ async def test_closing_twice_is_harmless_for_others(device: AnyDevice, tmp_path:
         kind=device.kind,  # type: ignore[arg-type]
         ledger=tmp_path / "gpu.json" if device.kind == "simulated" else None,
     )
-    other = open_device(config, nvml=FakeNvml())
+    other = open_device(config, nvml=FakeNvml(), root=tmp_path / "root")
     await other.aclose()
     await device.read()

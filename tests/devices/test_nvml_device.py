@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
@@ -93,23 +94,23 @@ async def test_a_reloaded_driver_is_picked_up_again() -> None:
         (FakeNvml.NVML_ERROR_GPU_IS_LOST, "nvidia-smi"),
     ],
 )
-async def test_a_missing_driver_is_an_error_with_its_remedy(error: int, words: str) -> None:
+async def test_a_missing_driver_is_an_error_with_its_remedy(error: int, words: str, tmp_path: Path) -> None:
     """`kind: nvml` says what to do; `auto` takes the slot and remembers why."""
     driver = FakeNvml(fail={"nvmlInit": error})
     with pytest.raises(DeviceUnavailable, match=words) as caught:
         open_device(DeviceConfig(kind="nvml"), nvml=driver)
     assert "device.kind" in str(caught.value)
-    device = open_device(DeviceConfig(), nvml=driver)
+    device = open_device(DeviceConfig(), nvml=driver, root=tmp_path)
     assert device.kind == "slot"
     assert words in device.reason  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("gpus", "words"), [(0, "no GPU"), (1, "one GPU, index 0"), (4, "GPUs 0 to 3")])
-async def test_a_gpu_that_is_not_there(gpus: int, words: str) -> None:
+async def test_a_gpu_that_is_not_there(gpus: int, words: str, tmp_path: Path) -> None:
     """A wrong index is an error that says which there are, with `auto` as well."""
     for kind in ("nvml", "auto"):
         with pytest.raises(DeviceUnavailable, match=words):
-            open_device(DeviceConfig(kind=kind, index=7), nvml=FakeNvml(gpus=gpus))
+            open_device(DeviceConfig(kind=kind, index=7), nvml=FakeNvml(gpus=gpus), root=tmp_path)
 
 
 async def test_auto_takes_nvml_where_it_answers() -> None:

@@ -122,7 +122,7 @@ async def test_a_container_that_cant_start_is_told_and_removed(docker: aiodocker
     config = loads("models: {a: {image: i, model: m, devices: [/dev/no-such-device]}}", {})
     side = DockerSide(docker, config, {})
     spec = config.models["a"].model_copy(update={"image": IMAGE})
-    status, said = await side.gpus_seen("a", spec, Image("", (), ()), 0)
+    status, said = await side.gpus_seen("a", spec, Image("", (), ()), ())
     assert status == 125 and "no-such-device" in said
     listed = await docker.containers.list(all=True, filters=json.dumps({"label": ["io.modelswap.doctor"]}))
     assert listed == []

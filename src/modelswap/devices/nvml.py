@@ -15,14 +15,13 @@ import asyncio
 import importlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
+from typing import Any
 
 import psutil
 
 from modelswap.devices.base import Holder, Reading
 from modelswap.devices.errors import DeviceUnavailable, DeviceUnreadable
-
-UNKNOWN_NAME: Final = "?"
+from modelswap.devices.processes import process_name
 
 
 class NvmlDevice:
@@ -110,7 +109,7 @@ class _Gpu:
         self.uuid = _text(nvml.nvmlDeviceGetUUID(self._handle))
 
     def _read(self) -> Reading:
-        holders = tuple(Holder(pid, _name(pid), size) for pid, size in sorted(self._processes().items()))
+        holders = tuple(Holder(pid, process_name(pid), size) for pid, size in sorted(self._processes().items()))
         try:
             memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
         except self._nvml.NVMLError as error:
@@ -147,13 +146,6 @@ def _listed(nvml: Any, lister: Any, handle: Any) -> Iterable[Any]:
         if error.value not in unanswered:
             raise
         return []
-
-
-def _name(pid: int) -> str:
-    try:
-        return psutil.Process(pid).name() or UNKNOWN_NAME
-    except psutil.Error:
-        return UNKNOWN_NAME
 
 
 def _text(value: str | bytes) -> str:

@@ -250,6 +250,6 @@ _CAUSES: Final = (
     ),
     cause(
         r"No CUDA GPUs are available|No accelerator \([^)]*\) is available|NVIDIA driver on your system is too old",
-        "SGLang finds no usable GPU; check nvidia-smi and the driver",
+        "SGLang finds no usable GPU; check nvidia-smi (AMD: rocminfo) and the driver",
     ),
 )

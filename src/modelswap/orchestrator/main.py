@@ -12,6 +12,7 @@ from pathlib import Path
 import prometheus_client
 import structlog
 
+from modelswap.devices.amdgpu import AmdGpuDevice
 from modelswap.devices.choose import open_device
 from modelswap.engines.registry import engine_for
 from modelswap.orchestrator import standing_by, state, tokens
@@ -50,6 +51,7 @@ async def serve(
         stack.enter_context(state.sole_owner(folder))
         device = await asyncio.to_thread(open_device, config.device)  # a driver may take seconds to begin
         stack.push_async_callback(device.aclose)
+        amd = device.nodes if isinstance(device, AmdGpuDevice) else ()
         latest = config
 
         def load_latest(path: Path) -> Config:
@@ -57,7 +59,7 @@ async def serve(
             latest = load(path)
             return latest
 
-        hosts = await stack.enter_async_context(hosts_of(folder, lambda: latest))
+        hosts = await stack.enter_async_context(hosts_of(folder, lambda: latest, amd))
         stack.push_async_callback(hosts.stand_by, [])  # engines outlive us, those that wait to be one needn't
         parts = Parts(
             runtime=hosts,

@@ -177,7 +177,7 @@ async def _host_bytes(outside: Outside, hosted: Hosted, free_before: int) -> int
     if hosted.rounds:
         return hosted.host_bytes  # it keeps what it has pinned, and looking takes time
     own = await sleepers.process_bytes(outside, hosted.running)
-    if outside.device.kind == "nvml":
+    if outside.device.kind in ("nvml", "amdgpu"):
         current = own or sleepers.USUAL_PROCESS
         return max(own, min(current + max(free_before - outside.memory.available(), 0), hosted.host_bytes))
     return own or hosted.host_bytes

@@ -12,6 +12,7 @@ from typing import Final, Protocol, Self
 import msgspec
 import structlog
 
+from modelswap.devices.amdcards import Nodes
 from modelswap.engines.base import Place, StandbyPlan
 from modelswap.engines.registry import engine_for
 from modelswap.protocol.errors import Code, ModelswapError
@@ -40,10 +41,10 @@ class Containers(Runtime, Protocol):
         ...
 
 
-def hosts_of(state_dir: Path, config: Callable[[], Config]) -> Hosts:
+def hosts_of(state_dir: Path, config: Callable[[], Config], amd: Sequence[Nodes] = ()) -> Hosts:
     """Return what hosts engines on this machine, with its records in ``state_dir``; ``config`` is the one that holds.
 
-    Docker is opened as the config says that holds then.
+    Docker is opened as the config says that holds then. ``amd`` are all AMD GPUs if the device is one.
     """
     orchestrator = config().orchestrator
 
@@ -55,6 +56,7 @@ def hosts_of(state_dir: Path, config: Callable[[], Config]) -> Hosts:
             state_dir,
             now.docker,
             gpu=now.device.index,
+            amd=amd,
             port_of=lambda kind: engine_for(kind).port(),
             ports=now.orchestrator.ports,
         )

@@ -93,9 +93,13 @@ class Model(Strict):
     volumes: list[str] = []
     """`image` only: mounts, `/host/folder:/folder[:ro]` or `volume:/folder[:ro]`."""
     gpus: Literal["auto", "all", "none"] | list[str] = "auto"
-    """`image` only: GPUs it sees, by index or UUID. `auto`: the `device` of this file, if Docker can give GPUs."""
+    """`image` only: GPUs it sees, by index or UUID. `auto`: the `device` of this file, if Docker can give GPUs.
+
+    Where the `device` is an AMD GPU, `auto`, `all` and indices give device files (`/dev/kfd`, `/dev/dri/renderD…`) and
+    their groups.
+    """
     devices: list[str] = []
-    """`image` only: device files it sees, e.g. `/dev/kfd` and `/dev/dri` for AMD."""
+    """`image` only: device files it sees. If `/dev/kfd` or one of `/dev/dri` is among them, `gpus: auto` adds none."""
     shm_size: Bytes | None = None
     """`image` only: shared memory; tensor parallelism wants some GiB, or `ipc: host`."""
     ipc: str | None = None
@@ -238,10 +242,13 @@ class Scheduling(Strict):
 class Device(Strict):
     """The one device that models take turns on."""
 
-    kind: Literal["auto", "nvml", "slot", "simulated"] = "auto"
-    """`auto`: NVML where it answers, else one slot without memory readings."""
+    kind: Literal["auto", "nvml", "amdgpu", "slot", "simulated"] = "auto"
+    """`auto`: NVML where it answers, else an AMD GPU with memory of its own, else one slot without memory readings.
+
+    `amdgpu` takes an APU, too.
+    """
     index: Annotated[int, Field(ge=0)] = 0
-    """Which GPU."""
+    """Which GPU, in the order of PCI addresses; GPUs of other vendors don't count."""
     ledger: Location | None = None
     """`simulated`: the ledger file that simulated engines share."""
     release_timeout: Seconds = 30.0

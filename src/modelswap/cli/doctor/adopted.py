@@ -139,7 +139,9 @@ def _gpu(name: str, model: Model, inspected: Inspected) -> Iterator[Finding]:
     if model.device == "gpu" and not given and not host.get("Privileged"):
         message = f"{name}: its container was given no GPU"
         yield warning(
-            message, "give it one in the compose file (deploy.resources.reservations.devices), or device: none"
+            message,
+            "give it one in the compose file (deploy.resources.reservations.devices; for AMD devices: [/dev/kfd, "
+            "/dev/dri]), or device: none",
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from modelswap.cli.doctor.finding import Finding, fine, note, problem, warning
-from modelswap.cli.doctor.scene import Scene, ToldElsewhere
+from modelswap.cli.doctor.scene import Gpu, Scene, ToldElsewhere
 from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.docker import client
 from modelswap.runtimes.docker.surroundings import Surroundings
@@ -97,12 +97,19 @@ async def gives_gpus(scene: Scene) -> list[Finding]:
     if not wanting:
         raise ToldElsewhere
     around, gpu = await scene.around(), await scene.gpu()
+    if gpu.amd:
+        return [of_device_files(gpu)]
     return of_gpus(around, wanting, on_host=gpu.kind == "nvml")
 
 
 def wants_gpu(model: Model) -> bool:
-    """Return whether a managed model is to see NVIDIA GPUs."""
+    """Return whether a managed model is to see GPUs that modelswap gives it."""
     return model.gpus not in ("auto", "none") or (model.gpus == "auto" and model.device == "gpu" and not model.devices)
+
+
+def of_device_files(gpu: Gpu) -> Finding:
+    """Say by which files containers get an AMD GPU."""
+    return fine(f"containers are given {gpu.name} by its device files: {', '.join(gpu.own)}")
 
 
 def of_gpus(around: Surroundings, wanting: list[str], *, on_host: bool) -> list[Finding]:

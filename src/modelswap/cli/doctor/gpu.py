@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import grp
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,10 +35,19 @@ class Share:
     what: str
 
 
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """A device file: is it there, may we read and write it, which group (by name, else its id) may."""
+
+    there: bool
+    open: bool = False
+    group: str = ""
+
+
 async def seen(scene: Scene) -> list[Finding]:
     """Whether the device can be read."""
     gpu = await scene.gpu()
-    return of_device(gpu, scene.config)
+    return of_device(gpu, scene.config) + of_rights(gpu, scene.config)
 
 
 def of_device(gpu: Gpu, config: Config) -> list[Finding]:
@@ -53,10 +64,32 @@ def of_device(gpu: Gpu, config: Config) -> list[Finding]:
         if not wanting:
             return [note(message)]
         remedy = (
-            "in a container, give the orchestrator the GPU with capability `utility`; without a GPU: device.kind: slot"
+            "in a container, give the orchestrator the NVIDIA GPU with capability `utility`; without a GPU: "
+            "device.kind: slot"
         )
         return [warning(message, remedy)]
     return [problem(f"the device can't be used: {why}", "mend that, or set device.kind to slot")]
+
+
+def of_rights(gpu: Gpu, config: Config, look: Callable[[str], Rights] | None = None) -> list[Finding]:
+    """Judge whether engines that run as our processes may open the GPU's device files, where they use it by some."""
+    wanting = [name for name, model in config.models.items() if model.device == "gpu" and model.runtime == "process"]
+    if not wanting or not gpu.amd:
+        return []
+    named = ", ".join(wanting)
+    findings = []
+    if "/dev/kfd" not in gpu.own:
+        message = f"the kernel offers no /dev/kfd, which ROCm needs; {named} can use {gpu.name} through Vulkan only"
+        findings.append(note(message, "for ROCm: see `dmesg | grep kfd`"))
+    rights = {path: (look or _rights)(path) for path in gpu.own}
+    for path in (path for path, found in rights.items() if not found.there):
+        message = f"there is no {path} here, by which {named} would use {gpu.name}"
+        findings.append(warning(message, "in a container, give it that (devices: [/dev/kfd, /dev/dri])"))
+    if closed := {path: found.group for path, found in rights.items() if found.there and not found.open}:
+        groups = ",".join(sorted(set(closed.values())))
+        message = f"this user (uid {os.geteuid()}) may not use {' and '.join(closed)}; {named} would find no GPU"
+        findings.append(problem(message, f"sudo usermod -aG {groups} $USER, and log in anew"))
+    return findings
 
 
 async def fits(scene: Scene) -> list[Finding]:
@@ -127,6 +160,18 @@ def _of_process(pid: int) -> tuple[str, bytes]:
         except OSError:  # it has ended, or is another user's
             found.append(b"")
     return found[0].decode(errors="replace"), found[1]
+
+
+def _rights(path: str) -> Rights:
+    try:
+        group = Path(path).stat().st_gid
+    except OSError:
+        return Rights(there=False)
+    try:
+        name = grp.getgrgid(group).gr_name
+    except KeyError:  # in a container
+        name = str(group)
+    return Rights(there=True, open=os.access(path, os.R_OK | os.W_OK), group=name)
 
 
 def _taken(strangers: list[Share]) -> str:

@@ -18,6 +18,12 @@ from modelswap.spec.volumes import parse
 COMPILED: Final = PurePosixPath("/root/.cache/vllm")
 """Where vLLM keeps what it compiled, unless ``VLLM_CACHE_ROOT`` says otherwise."""
 
+_SEEN: Final = ("GPU ", "/dev/nvidia", "/dev/kfd", "/dev/dri/render")
+_LOOK_AT_AMD: Final = (
+    "its user must be root, or in a group of /dev/kfd and /dev/dri/renderD*: modelswap adds the groups if it sees them "
+    "itself (in a container, give it both); and models.{name}.devices must name all of them, or none"
+)
+
 
 async def here(scene: Scene) -> list[Finding]:
     """Whether each image is here, or will be when it is needed."""
@@ -106,18 +112,21 @@ async def see_gpus(scene: Scene) -> list[Finding]:
         if image is None:
             findings.append(note(f"{name}: GPUs in its container were not looked at: its image is not here"))
             continue
-        status, said = await docker.gpus_seen(name, model, image, scene.config.device.index)
-        findings.append(of_seen(name, status, said))
+        amd = (await scene.gpu()).amd
+        status, said = await docker.gpus_seen(name, model, image, amd)
+        findings.append(of_seen(name, status, said, amd=bool(amd)))
     return findings
 
 
-def of_seen(name: str, status: int, said: str) -> Finding:
-    """Judge what ``nvidia-smi -L``, else ``ls /dev/nvidia*``, said in a container."""
-    gpus = [line for line in said.splitlines() if line.startswith(("GPU ", "/dev/nvidia"))]
+def of_seen(name: str, status: int, said: str, *, amd: bool = False) -> Finding:
+    """Judge what was said in a container: by ``nvidia-smi -L``, else ``ls /dev/nvidia*``; AMD's usable files."""
+    gpus = [line for line in said.splitlines() if line.startswith(_SEEN)]
     if status == 0 and gpus:
         return fine(f"{name}: its container sees " + "; ".join(line.partition(" (UUID")[0] for line in gpus))
     last = said.strip().splitlines()[-1:] or ["nothing"]
     message = f"{name}: its container sees no GPU (it said: {last[0][:200]})"
+    if amd:
+        return problem(message, _LOOK_AT_AMD.format(name=name))
     remedy = "look whether `docker run --rm --gpus all IMAGE nvidia-smi` works; if not, reinstall the NVIDIA toolkit"
     return problem(message, remedy)
 

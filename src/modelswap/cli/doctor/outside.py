@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,12 +15,14 @@ import aiodocker
 from modelswap.cli import addresses
 from modelswap.cli.client import AdminClient
 from modelswap.cli.doctor.scene import Engine, Gpu, Scene, in_thread
+from modelswap.devices.amdcards import Nodes
+from modelswap.devices.amdgpu import AmdGpuDevice
 from modelswap.devices.choose import AnyDevice, open_device
 from modelswap.devices.errors import DeviceUnavailable, DeviceUnreadable
 from modelswap.devices.slot import SlotDevice
 from modelswap.engines.base import Address, Launch
 from modelswap.protocol.errors import ModelswapError
-from modelswap.runtimes.base import StartOrder
+from modelswap.runtimes.base import StartFailed, StartOrder
 from modelswap.runtimes.docker import api, body, client, finding, images, surroundings
 from modelswap.runtimes.docker.images import Image
 from modelswap.runtimes.docker.surroundings import Surroundings
@@ -33,6 +35,11 @@ _ANSWER_SECONDS: Final = 8.0
 _LOOK_SECONDS: Final = 60.0
 # The NVIDIA toolkit puts nvidia-smi into containers with the capability utility; images may ask for less.
 _LOOK: Final = ("/bin/sh", "-c", "nvidia-smi -L || ls /dev/nvidia[0-9]*")
+# Root may open them all, so only an image with another user can tell that a group is missing.
+_LOOK_AMD: Final = (
+    *("/bin/sh", "-c"),
+    "for file in /dev/kfd /dev/dri/renderD*; do [ -r $file ] && [ -w $file ] && echo $file; done; id >&2",
+)
 _LABEL: Final = "io.modelswap.doctor"
 
 
@@ -85,17 +92,22 @@ class DockerSide:
         listed = await api.call(self._docker, "GET", "containers/json")
         return {str(each["Id"]): str((each.get("Names") or ["?"])[0]).lstrip("/") for each in listed}
 
-    async def gpus_seen(self, name: str, spec: Model, image: Image, device: int) -> tuple[int, str]:
+    async def gpus_seen(self, name: str, spec: Model, image: Image, amd: Sequence[Nodes]) -> tuple[int, str]:
         """See `Engine`."""
         order = StartOrder(
             instance="doctor",
             model=name,
             definition="",
             spec=spec.model_copy(update={"volumes": [], "network": None, "model": None}),
-            launch=Launch(_LOOK, {}),
+            launch=Launch(_LOOK_AMD if amd else _LOOK, {}),
             address=Address("127.0.0.1", 1),
         )
-        wanted = body.create_body(order, image, await self.around(), port=1, published=None, gpu=device, owner="")
+        gpu = self._config.device.index
+        around = await self.around()
+        try:
+            wanted = body.create_body(order, image, around, port=1, published=None, gpu=gpu, amd=amd, owner="")
+        except StartFailed as not_there:
+            return 125, str(not_there)
         wanted["Labels"] = {_LABEL: "1"}
         wanted["HostConfig"]["NetworkMode"] = "none"
         called = f"modelswap-doctor-{uuid.uuid4().hex[:8]}"
@@ -172,4 +184,6 @@ async def _read(device: AnyDevice) -> Gpu:
         reading = await device.read()
     except DeviceUnreadable as lost:
         return Gpu(device.name, device.kind, None, str(lost))
+    if isinstance(device, AmdGpuDevice):
+        return Gpu(device.name, device.kind, reading, amd=device.nodes, own=device.nodes[device.index].paths)
     return Gpu(device.name, device.kind, reading, device.reason if isinstance(device, SlotDevice) else None)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from modelswap.devices.amdcards import Nodes
 from modelswap.devices.base import Reading
 from modelswap.runtimes.docker.images import Image
 from modelswap.runtimes.docker.surroundings import Surroundings
@@ -55,19 +56,24 @@ class Engine(Protocol):
         """Return the names of all running containers by their ids."""
         ...
 
-    async def gpus_seen(self, name: str, spec: Model, image: Image, device: int) -> tuple[int, str]:
+    async def gpus_seen(self, name: str, spec: Model, image: Image, amd: Sequence[Nodes]) -> tuple[int, str]:
         """Run the image as the model would be, asking for its GPUs; return exit status and what it printed."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """The configured device as it was found: ``why`` it can't be read, if it can't."""
+    """The configured device as it was found: ``why`` it can't be read, if it can't; ``amd`` are all GPUs if it's AMD's.
+
+    ``own`` are this one's device files.
+    """
 
     name: str
     kind: str
     reading: Reading | None
     why: str | None = None
+    amd: tuple[Nodes, ...] = ()
+    own: tuple[str, ...] = ()
 
 
 @dataclass(slots=True, eq=False)

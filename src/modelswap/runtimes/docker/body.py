@@ -13,9 +13,11 @@ from typing import Any, Final
 
 import msgspec
 
+from modelswap.devices.amdcards import Nodes
 from modelswap.engines.base import Address, Launch, StandbyPlan
 from modelswap.engines.registry import FROM_HUB
 from modelswap.runtimes.base import StartOrder
+from modelswap.runtimes.docker import gpus
 from modelswap.runtimes.docker.images import Image
 from modelswap.runtimes.docker.surroundings import Surroundings
 from modelswap.runtimes.logfiles import safe_name
@@ -66,13 +68,15 @@ def create_body(
     published: int | None,
     gpu: int,
     owner: str,
+    amd: Sequence[Nodes] = (),
     env: Mapping[str, str] = os.environ,
 ) -> dict[str, Any]:
     """Return what ``POST /containers/create`` is told.
 
     ``port`` is where the engine listens in the container, ``published`` the loopback port of Docker's host that leads
-    there (None: none does). ``gpu`` is the index of the config's device. ``owner`` is our state folder's id. ``env`` is
-    our own environment, of which a model from the Hugging Face hub gets ``HF_TOKEN`` and ``HF_ENDPOINT``.
+    there (None: none does). ``gpu`` is the index of the config's device; ``amd`` are all AMD GPUs if it is one.
+    ``owner`` is our state folder's id. ``env`` is our own environment, of which a model from the Hugging Face hub gets
+    ``HF_TOKEN`` and ``HF_ENDPOINT``. Raises `StartFailed` if an AMD GPU is asked for that isn't there.
     """
     spec, launch = order.spec, order.launch
     variables, binds = dict(launch.env), list(spec.volumes)
@@ -91,8 +95,7 @@ def create_body(
         "Binds": binds,
         "Ulimits": [{"Name": name, "Soft": limit, "Hard": limit} for name, limit in sorted(spec.ulimits.items())],
         "ExtraHosts": list(spec.extra_hosts),
-        "Devices": [_device(each) for each in spec.devices],
-        "DeviceRequests": _gpus(spec, around, gpu),
+        **gpus.settings(spec, around, gpu, amd),
     }
     if network:
         host["NetworkMode"] = network
@@ -132,6 +135,7 @@ def standby_body(
     published: int | None,
     gpu: int,
     owner: str,
+    amd: Sequence[Nodes] = (),
     env: Mapping[str, str] = os.environ,
 ) -> dict[str, Any]:
     """Return the body of a container in which ``plan`` waits for a start of ``spec``, or of a model like it.
@@ -142,7 +146,7 @@ def standby_body(
     order = StartOrder(
         instance="", model="", definition="", spec=spec, launch=launch, address=Address(_LOOPBACK, port), standby=plan
     )
-    body = create_body(order, image, around, port=port, published=published, gpu=gpu, owner=owner, env=env)
+    body = create_body(order, image, around, port=port, published=published, gpu=gpu, amd=amd, owner=owner, env=env)
     shared = {name: value for name, value in body.items() if name not in ("Entrypoint", "Cmd")}
     shared["Labels"] = {IMAGE: image.id}
     body["Labels"] = {OWNER: owner, STANDBY: plan.key, IMAGE: image.id, BODY: fingerprint(shared)}
@@ -174,22 +178,3 @@ def _has_cache(spec: Model) -> bool:
     # SOURCE:TARGET[:OPTIONS]
     targets = [PurePosixPath(volume.split(":")[1]) for volume in spec.volumes if ":" in volume]
     return any(hub.is_relative_to(target) for target in targets)
-
-
-def _device(device: str) -> dict[str, str]:
-    source, _, rest = device.partition(":")
-    target, _, permissions = rest.partition(":")
-    return {"PathOnHost": source, "PathInContainer": target or source, "CgroupPermissions": permissions or "rwm"}
-
-
-def _gpus(spec: Model, around: Surroundings, gpu: int) -> list[dict[str, Any]]:
-    if spec.gpus == "none" or (spec.gpus == "auto" and (not around.gpus or spec.device == "none")):
-        return []
-    wanted = None if spec.gpus == "all" else [str(gpu)] if spec.gpus == "auto" else list(spec.gpus)
-    if around.cdi:
-        # Docker's `cdi` driver wants qualified names; a machine may have it alone (Docker's docs, "CDI devices").
-        names = ["all"] if wanted is None else wanted
-        return [{"Driver": "cdi", "DeviceIDs": [n if "=" in n else f"nvidia.com/gpu={n}" for n in names]}]
-    request: dict[str, Any] = {"Driver": "", "Capabilities": [["gpu"]]}
-    request |= {"Count": -1} if wanted is None else {"DeviceIDs": wanted}
-    return [request]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import aiodocker
 import structlog
 
+from modelswap.devices.amdcards import Nodes
 from modelswap.engines.base import Address, Place, StandbyPlan
 from modelswap.protocol.errors import Code
 from modelswap.runtimes.base import Known, NotPrepared, StartFailed, StartOrder
@@ -30,7 +31,8 @@ _log = structlog.get_logger(__name__)
 class Maker:
     """Makes, finds and removes the containers of one state folder (``owner``).
 
-    ``gpu`` is the index of the config's device; ``port_of`` tells where an engine listens if nobody says otherwise.
+    ``gpu`` is the index of the config's device; ``amd`` are all AMD GPUs if it is one; ``port_of`` tells where an
+    engine listens if nobody says otherwise.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Maker:
         ports: Ports,
         *,
         gpu: int,
+        amd: Sequence[Nodes] = (),
         owner: str,
         port_of: Callable[[EngineName], int],
     ) -> None:
@@ -47,6 +50,7 @@ class Maker:
         self._around = around
         self._ports = ports
         self._gpu = gpu
+        self._amd = amd
         self._owner = owner
         self._port_of = port_of
 
@@ -112,7 +116,15 @@ class Maker:
         port = body.container_port(spec, image.ports, self._port_of(spec.engine))
         number = None if self._around.network else self._ports.take() if published else 1
         return body.standby_body(
-            plan, spec, image, self._around, port=port, published=number, gpu=self._gpu, owner=self._owner
+            plan,
+            spec,
+            image,
+            self._around,
+            port=port,
+            published=number,
+            gpu=self._gpu,
+            amd=self._amd,
+            owner=self._owner,
         )
 
     async def remove(self, inspected: Inspected) -> None:
@@ -163,6 +175,7 @@ class Maker:
             port=order.address.port,
             published=None if self._around.network else published,
             gpu=self._gpu,
+            amd=self._amd,
             owner=self._owner,
         )
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import aiodocker
 import structlog
 
+from modelswap.devices.amdcards import Nodes
 from modelswap.protocol.errors import Code
 from modelswap.runtimes.base import StartFailed
 from modelswap.runtimes.docker import api
@@ -44,6 +45,7 @@ async def open_runtime(
     config: spec.Docker,
     *,
     gpu: int,
+    amd: Sequence[Nodes] = (),
     port_of: Callable[[EngineName], int],
     ports: Iterable[int] | None = None,
     env: Mapping[str, str] = os.environ,
@@ -54,11 +56,11 @@ async def open_runtime(
     """Connect to Docker, become its only orchestrator, and host engines there for as long as the context lasts.
 
     What runs goes on when it's left; what waits for a start is ended. ``state_dir`` holds what must outlive us; the
-    caller alone uses it. ``gpu`` is the index of the config's device. ``port_of`` tells where an engine listens in its
-    container if nobody says otherwise. ``ports`` are the loopback ports to publish (by default 10,000 outside the
-    ephemeral range). Docker may be away for ``patience`` seconds, and a container survive SIGKILL for ``kill_timeout``
-    seconds. ``lock`` begins the names of the volumes by which orchestrators of one Docker know of each other (tests
-    have their own).
+    caller alone uses it. ``gpu`` is the index of the config's device, ``amd`` are all AMD GPUs if it is one.
+    ``port_of`` tells where an engine listens in its container if nobody says otherwise. ``ports`` are the loopback
+    ports to publish (by default 10,000 outside the ephemeral range). Docker may be away for ``patience`` seconds, and a
+    container survive SIGKILL for ``kill_timeout`` seconds. ``lock`` begins the names of the volumes by which
+    orchestrators of one Docker know of each other (tests have their own).
 
     Raises `DockerAway`, `owner.OtherOwner`.
     """
@@ -84,7 +86,9 @@ async def open_runtime(
         stack.push_async_callback(chores.close)
         starts = Starts(folder / "starts")
         catalogue = Catalogue(docker, around, owner=owner, project=config.project, port_of=port_of)
-        maker = Maker(docker, around, Ports(folder / "last-port", ports), gpu=gpu, owner=owner, port_of=port_of)
+        maker = Maker(
+            docker, around, Ports(folder / "last-port", ports), gpu=gpu, amd=amd, owner=owner, port_of=port_of
+        )
         tracker = Tracker(docker, around, catalogue, starts, chores)
         stopper = Stopper(docker, tracker, chores, kill_timeout)
         standbys = Standbys(docker, maker, starts, chores, owner)

@@ -13,6 +13,7 @@ from modelswap.runtimes.docker.client import failure, says
 _PORT: Final = ("port is already allocated", "address already in use", "ports are not available")
 _NO_GPUS: Final = ("could not select device driver", "unresolvable cdi devices", "unknown or invalid runtime name")
 _GPU: Final = ("nvidia-container-cli", "nvidia-container-runtime", "libnvidia-ml")
+_NO_FILE: Final = ("error gathering device information", "adding custom device")
 _NO_PROGRAM: Final = ("executable file not found", "exec format error")
 _MOUNT: Final = ("bind source path does not exist", "error mounting", "not a directory: unknown")
 
@@ -46,6 +47,12 @@ def refused(error: aiodocker.DockerError, name: str) -> ModelswapError:
         )
     if says(error, *_GPU):
         return StartFailed(f"the GPU could not be given to container {name} ({said}); does `nvidia-smi` work here?")
+    if says(error, *_NO_FILE):
+        return StartFailed(
+            f"Docker has no device file that container {name} is to see ({said}); load its driver (AMD: `sudo modprobe "
+            "amdgpu`), or mend the model's 'devices' and 'gpus'",
+            code=Code.MODEL_BROKEN,
+        )
     if says(error, *_PORT):
         return StartFailed(
             f"a port that container {name} publishes is taken ({said}); see what listens there with: ss -ltnp"
