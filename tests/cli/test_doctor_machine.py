@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from modelswap.cli.doctor.scene import Gpu, ToldElsewhere
 from modelswap.devices.amdcards import Nodes
 from modelswap.devices.amdgpu import AmdGpuDevice
 from modelswap.devices.base import Holder
+from modelswap.devices.nvml import NvmlDevice
 from modelswap.runtimes.docker.images import Image
 from modelswap.runtimes.docker.surroundings import Surroundings
 from modelswap.testing.fake_amdgpu import FakeAmdMachine
+from modelswap.testing.fake_nvml import FakeNvml
 from modelswap.weights.repo import Repo
 from tests.cli.doctoring import GIB, WHOLE, FakeDocker, cached, config, gpu_of, levels, scene
 
@@ -84,6 +87,29 @@ def test_rights_are_looked_at_where_they_matter(tmp_path: Path) -> None:
     (found,) = gpu.of_rights(radeon(str(file)), config(VLLM))
     assert found.level is NOTE and "Vulkan only" in found.message
     assert levels(gpu.of_rights(radeon(str(tmp_path / "none")), config(VLLM))) == [NOTE, WARNING]
+
+
+def test_engines_that_could_use_another_gpu_are_named() -> None:
+    """The watched one isn't theirs by itself; a container's GPUs, one that is named and several at once are settled."""
+    two = replace(gpu_of(free=20), uuid="GPU-1", count=2)
+    elsewhere = "c: {engine: custom, command: [x], env: {CUDA_VISIBLE_DEVICES: '1'}}"
+    settled = f"b: {{image: i, model: m}}, {elsewhere}, d: {{engine: custom, command: [x], device: none}}"
+    several = "e: {model: m, program: [vllm], args: [-tp, 2]}"
+    loaded = config(f"{VLLM}, {settled}, {several}")
+    (found,) = gpu.of_others(two, loaded, {})
+    assert found.level is WARNING and "keeps a off" in found.message
+    assert "CUDA_VISIBLE_DEVICES: GPU-1" in str(found.remedy)
+    assert gpu.of_others(two, loaded, {"CUDA_VISIBLE_DEVICES": "1"}) == []
+    assert gpu.of_others(two, config(settled), {}) == []
+    assert gpu.of_others(gpu_of(free=20), loaded, {}) == []
+
+
+async def test_an_nvidia_gpu_is_looked_at_with_its_name_to_cuda() -> None:
+    """And with how many there are."""
+    device = NvmlDevice.open(1, FakeNvml(gpus=2))
+    found = await outside._read(device)
+    await device.aclose()
+    assert (found.uuid, found.count) == ("GPU-1", 2)
 
 
 async def test_an_amd_gpu_is_looked_at_with_its_files(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from modelswap.devices.processes import process_name
 
 
 class NvmlDevice:
-    """One GPU. Made with `open`; all calls into the driver happen in one worker thread, because they may block."""
+    """One GPU of ``count``. Made with `open`; what calls the driver is in one thread, since it may block."""
 
     kind = "nvml"
 
@@ -34,6 +34,7 @@ class NvmlDevice:
         self._thread = thread
         self.name = gpu.name
         self.uuid = gpu.uuid
+        self.count = gpu.count
 
     @classmethod
     def open(cls, index: int, library: Any = None) -> NvmlDevice:
@@ -100,7 +101,7 @@ class _Gpu:
         nvml = self._nvml
         nvml.nvmlInit()
         self._open = True
-        count = nvml.nvmlDeviceGetCount()
+        self.count = count = int(nvml.nvmlDeviceGetCount())
         if self._index >= count:
             have = "no GPU" if not count else "one GPU, index 0" if count == 1 else f"GPUs 0 to {count - 1}"
             raise DeviceUnavailable(f"there is no GPU {self._index}: NVML sees {have}; correct device.index")

@@ -15,12 +15,14 @@ from modelswap.cli.doctor.finding import Finding, fine, note, problem, warning
 from modelswap.cli.doctor.scene import Gpu, Scene, ToldElsewhere
 from modelswap.cli.words import size
 from modelswap.devices.base import Holder
+from modelswap.engines import options
 from modelswap.engines.registry import engine_for
 from modelswap.runtimes.processes import PREFIX
 from modelswap.spec.config import Config
 
 _SHARES: Final[Mapping[str, str]] = {"vllm": "--gpu-memory-utilization", "sglang": "--mem-fraction-static"}
 """How engines are told which share of the device's memory to take."""
+_VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
 _CONTAINER: Final = re.compile(r"[0-9a-f]{64}")
 _ENOUGH_TO_TELL: Final = 256 << 20
 """Bytes below which a stranger on the GPU (a desktop's cursor) is not worth a word."""
@@ -47,7 +49,7 @@ class Rights:
 async def seen(scene: Scene) -> list[Finding]:
     """Whether the device can be read."""
     gpu = await scene.gpu()
-    return of_device(gpu, scene.config) + of_rights(gpu, scene.config)
+    return of_device(gpu, scene.config) + of_rights(gpu, scene.config) + of_others(gpu, scene.config, scene.env)
 
 
 def of_device(gpu: Gpu, config: Config) -> list[Finding]:
@@ -90,6 +92,24 @@ def of_rights(gpu: Gpu, config: Config, look: Callable[[str], Rights] | None = N
         message = f"this user (uid {os.geteuid()}) may not use {' and '.join(closed)}; {named} would find no GPU"
         findings.append(problem(message, f"sudo usermod -aG {groups} $USER, and log in anew"))
     return findings
+
+
+def of_others(gpu: Gpu, config: Config, env: Mapping[str, str]) -> list[Finding]:
+    """Judge whether engines that run as our processes use the very GPU that is watched, where CUDA sees several."""
+    if gpu.count < 2 or _VISIBLE in env:
+        return []
+    free = [
+        name
+        for name, model in config.models.items()
+        if model.device == "gpu" and model.runtime == "process" and _VISIBLE not in model.env
+        if options.parallelism(model.args) == 1
+    ]
+    if not free:
+        return []
+    message = (
+        f"there are {gpu.count} GPUs, of which {gpu.name} is watched; nothing keeps {', '.join(free)} off the others"
+    )
+    return [warning(message, f"say env: {{{_VISIBLE}: {gpu.uuid}}} for each, or set it for modelswap itself")]
 
 
 async def fits(scene: Scene) -> list[Finding]:

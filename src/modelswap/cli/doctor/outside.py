@@ -19,6 +19,7 @@ from modelswap.devices.amdcards import Nodes
 from modelswap.devices.amdgpu import AmdGpuDevice
 from modelswap.devices.choose import AnyDevice, open_device
 from modelswap.devices.errors import DeviceUnavailable, DeviceUnreadable
+from modelswap.devices.nvml import NvmlDevice
 from modelswap.devices.slot import SlotDevice
 from modelswap.engines.base import Address, Launch
 from modelswap.protocol.errors import ModelswapError
@@ -186,4 +187,6 @@ async def _read(device: AnyDevice) -> Gpu:
         return Gpu(device.name, device.kind, None, str(lost))
     if isinstance(device, AmdGpuDevice):
         return Gpu(device.name, device.kind, reading, amd=device.nodes, own=device.nodes[device.index].paths)
+    if isinstance(device, NvmlDevice):
+        return Gpu(device.name, device.kind, reading, uuid=device.uuid, count=device.count)
     return Gpu(device.name, device.kind, reading, device.reason if isinstance(device, SlotDevice) else None)

@@ -65,7 +65,7 @@ class Engine(Protocol):
 class Gpu:
     """The configured device as it was found: ``why`` it can't be read, if it can't; ``amd`` are all GPUs if it's AMD's.
 
-    ``own`` are this one's device files.
+    ``own`` are this one's device files. NVIDIA's: ``uuid`` is its name to CUDA, ``count`` how many there are.
     """
 
     name: str
@@ -74,6 +74,8 @@ class Gpu:
     why: str | None = None
     amd: tuple[Nodes, ...] = ()
     own: tuple[str, ...] = ()
+    uuid: str = ""
+    count: int = 1
 
 
 @dataclass(slots=True, eq=False)
