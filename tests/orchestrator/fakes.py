@@ -90,6 +90,9 @@ class FakeEngine:
     def standby(self, model: Model, launch: Launch) -> StandbyPlan | None:
         return self.standby_plan
 
+    def caches(self) -> tuple[()]:
+        return ()
+
     def port(self) -> int:
         return 8000
 

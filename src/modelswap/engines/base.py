@@ -9,6 +9,7 @@ from typing import Protocol
 import aiohttp
 import msgspec
 
+from modelswap.engines.compiling import Cache
 from modelswap.spec.config import Model
 
 
@@ -123,6 +124,10 @@ class Engine(Protocol):
 
     def standby(self, model: Model, launch: Launch) -> StandbyPlan | None:
         """Return how to keep a process waiting that a start with ``launch`` can use; None if there is no way."""
+        ...
+
+    def caches(self) -> tuple[Cache, ...]:
+        """Return where it keeps what it compiles; nothing if it compiles nothing, or nobody knows."""
         ...
 
     def port(self) -> int:

@@ -43,6 +43,10 @@ class Custom:
     def standby(self, model: Model, launch: Launch) -> None:
         """Return None: it has none."""
 
+    def caches(self) -> tuple[()]:
+        """Return none: nothing is known of it."""
+        return ()
+
     def port(self) -> int:
         """Return 8000; containers of this engine had better say ``port``."""
         return _PORT

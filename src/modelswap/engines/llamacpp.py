@@ -62,6 +62,10 @@ class LlamaCpp:
     def standby(self, model: Model, launch: Launch) -> None:
         """Return None: it has none."""
 
+    def caches(self) -> tuple[()]:
+        """Return none: it comes compiled."""
+        return ()
+
     def port(self) -> int:
         """Return llama-server's default, 8080."""
         return _PORT

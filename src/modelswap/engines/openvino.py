@@ -68,6 +68,10 @@ class OpenVino:
     def standby(self, model: Model, launch: Launch) -> None:
         """Return None: it has none."""
 
+    def caches(self) -> tuple[()]:
+        """Return none: it runs in no container."""
+        return ()
+
     def port(self) -> int:
         """Return 8000."""
         return 8000

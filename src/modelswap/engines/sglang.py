@@ -29,9 +29,10 @@ from typing import Any, Final
 
 import aiohttp
 
-from modelswap.engines import greedy, hub_causes, options
+from modelswap.engines import compiling, greedy, hub_causes, options
 from modelswap.engines import http as ask
 from modelswap.engines.base import Address, CannotSleep, CannotWake, Diagnosis, Launch, Readiness, WakeOutOfMemory
+from modelswap.engines.compiling import Cache
 from modelswap.engines.diagnosis import cause, clean, explain
 from modelswap.engines.programs import NotInstalled, folder, local, on_path, only_wraps
 from modelswap.spec.config import Model
@@ -76,6 +77,10 @@ class SGLang:
 
     def standby(self, model: Model, launch: Launch) -> None:
         """Return None: it has none."""
+
+    def caches(self) -> tuple[Cache, ...]:
+        """Return its own, and those of the libraries that it compiles with."""
+        return compiling.SGLANG
 
     def port(self) -> int:
         """Return SGLang's default, 30000."""

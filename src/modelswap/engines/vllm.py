@@ -29,9 +29,10 @@ from typing import Final
 
 import aiohttp
 
-from modelswap.engines import greedy, options, vllm_causes, vllm_sleep, vllm_standby
+from modelswap.engines import compiling, greedy, options, vllm_causes, vllm_sleep, vllm_standby
 from modelswap.engines import http as ask
 from modelswap.engines.base import Address, Diagnosis, Launch, Readiness, StandbyPlan
+from modelswap.engines.compiling import Cache
 from modelswap.engines.programs import NotInstalled, folder, local, on_path, only_wraps
 from modelswap.spec.config import Model
 
@@ -95,6 +96,10 @@ class Vllm:
         key = f"vllm-{hashlib.sha256(spelled.encode()).hexdigest()[:12]}"
         hints = () if inside else _architectures(model)
         return StandbyPlan(key, python, Path(vllm_standby.__file__), env, hints, model if inside else None)
+
+    def caches(self) -> tuple[Cache, ...]:
+        """Return its own, and those of the libraries that it compiles with."""
+        return compiling.VLLM
 
     def port(self) -> int:
         """Return vLLM's default, 8000."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import aiodocker
+import msgspec
 
 from modelswap.cli import addresses
 from modelswap.cli.client import AdminClient
@@ -95,7 +96,8 @@ class DockerSide:
             launch=Launch(_LOOK, {}),
             address=Address("127.0.0.1", 1),
         )
-        wanted = body.create_body(order, image, await self.around(), port=1, published=None, gpu=device, owner="")
+        around = msgspec.structs.replace(await self.around(), compile_cache="")  # a look leaves no volume behind
+        wanted = body.create_body(order, image, around, port=1, published=None, gpu=device, owner="")
         wanted["Labels"] = {_LABEL: "1"}
         wanted["HostConfig"]["NetworkMode"] = "none"
         called = f"modelswap-doctor-{uuid.uuid4().hex[:8]}"
