@@ -122,8 +122,11 @@ class Engine(Protocol):
         """
         ...
 
-    def standby(self, model: Model, launch: Launch) -> StandbyPlan | None:
-        """Return how to keep a process waiting that a start with ``launch`` can use; None if there is no way."""
+    def standby(self, model: Model, launch: Launch, weights: Path | None = None) -> StandbyPlan | None:
+        """Return how to keep a process waiting that a start with ``launch`` can use; None if there is no way.
+
+        ``weights`` is the folder that the model is loaded from, as we see it; None if it isn't here, or can't be seen.
+        """
         ...
 
     def caches(self) -> tuple[Cache, ...]:

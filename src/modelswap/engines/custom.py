@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import aiohttp
@@ -40,7 +41,7 @@ class Custom:
         """Return ``concurrency``, by default 4."""
         return model.concurrency or _SLOTS
 
-    def standby(self, model: Model, launch: Launch) -> None:
+    def standby(self, model: Model, launch: Launch, weights: Path | None = None) -> None:
         """Return None: it has none."""
 
     def caches(self) -> tuple[()]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import aiohttp
@@ -75,7 +75,7 @@ class SGLang:
         """Return ``--max-running-requests``, by default 256: it queues what is more."""
         return model.concurrency or options.whole(options.value(model.args, "--max-running-requests")) or _SLOTS
 
-    def standby(self, model: Model, launch: Launch) -> None:
+    def standby(self, model: Model, launch: Launch, weights: Path | None = None) -> None:
         """Return None: it has none."""
 
     def caches(self) -> tuple[Cache, ...]:
