@@ -75,6 +75,8 @@ class DockerRuntime:
             if before is not None:
                 self._catalogue.configure(before)  # whoever asked goes on with the config as it was
             raise
+        if before != models:
+            self._standbys.reconsider()
 
     async def _take_in(self, models: Mapping[str, Known]) -> None:
         await self._catalogue.forbid_restarts(self._catalogue.adopted())
