@@ -40,10 +40,13 @@ class Containers(Runtime, Protocol):
         ...
 
 
-def hosts_of(state_dir: Path, config: Callable[[], Config]) -> Hosts:
+def hosts_of(
+    state_dir: Path, config: Callable[[], Config], on_lost: Callable[[ModelswapError], None] = lambda _: None
+) -> Hosts:
     """Return what hosts engines on this machine, with its records in ``state_dir``; ``config`` is the one that holds.
 
-    Docker is opened as the config says that holds then.
+    Docker is opened as the config says that holds then. ``on_lost`` is told if another orchestrator has taken over that
+    Docker (`runtimes.docker.opening.open_runtime`).
     """
     orchestrator = config().orchestrator
 
@@ -57,6 +60,7 @@ def hosts_of(state_dir: Path, config: Callable[[], Config]) -> Hosts:
             gpu=now.device.index,
             port_of=lambda kind: engine_for(kind).port(),
             ports=now.orchestrator.ports,
+            on_lost=on_lost,
         )
 
     process = ProcessRuntime(state_dir, int(orchestrator.log_size), ports=orchestrator.ports)
