@@ -209,6 +209,27 @@ async def test_what_images_are_given(tmp_path: Path) -> None:
     assert found[1].message.startswith("a: what vLLM compiles") and found[2].message.startswith("b: 2 workers share 64")
 
 
+@pytest.mark.parametrize(
+    ("model", "user", "cache", "remedy"),
+    [
+        ("", "", "kept", None),
+        ("", "root", "kept", None),
+        ("", "", "", "drop docker.compile_cache: false"),
+        ("", "vllm", "kept", "/srv/vllm-cache:/var/cache/modelswap"),
+        ("volumes: ['/srv/vllm:/var/cache/modelswap']", "vllm", "kept", None),
+        ("env: {VLLM_CACHE_ROOT: /v}", "", "kept", "vllm-cache:/v"),
+        ("env: {VLLM_CACHE_ROOT: /v}, volumes: ['vv:/v']", "vllm", "", None),
+    ],
+)
+async def test_compiled_code_that_is_lost(model: str, user: str, cache: str, remedy: str | None) -> None:
+    """It isn't where modelswap keeps it, or the model; each reason has its own remedy."""
+    docker = FakeDocker(images={"i": Image("1", (), (), user)}, surroundings=Surroundings(compile_cache=cache))
+    found = await images.settings(scene(f"a: {{image: i, model: m, {model}}}", docker=docker))
+    told = [each for each in found if "compiles" in each.message]
+    assert levels(told) == [NOTE] * (remedy is not None)
+    assert all(str(remedy) in str(each.remedy) for each in told)
+
+
 @pytest.mark.parametrize("more", [{"env": {"DOCKER_HOST": "tcp://h:1"}}, {"docker": "inside"}])
 async def test_folders_of_another_machine_are_not_looked_for(more: dict[str, Any]) -> None:
     """Only on Docker's own machine is its folder the one with that name."""

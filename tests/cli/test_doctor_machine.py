@@ -377,6 +377,15 @@ async def test_what_is_still_to_come_is_added_up(tmp_path: Path, monkeypatch: py
     ]
 
 
+async def test_the_folder_for_what_engines_compile_is_named(tmp_path: Path) -> None:
+    """Where it is a folder of this machine; a volume is Docker's to keep."""
+    told = {"DockerRootDir": str(tmp_path / "docker")}
+    for kept, named in ((str(tmp_path / "compiled"), True), ("volume", False)):
+        docker = FakeDocker(surroundings=Surroundings(compile_cache=kept), told=told)
+        found = await disk.room(scene("a: {image: i, model: /m}", docker=docker, env={"XDG_STATE_HOME": str(tmp_path)}))
+        assert any(f"what engines compile ({kept})" in each.message for each in found) is named
+
+
 async def test_dockers_disk_is_not_seen_from_a_container(tmp_path: Path) -> None:
     """Its folder there would be another one of the same name."""
     docker = FakeDocker(surroundings=Surroundings(container="c", network="n"), told={"DockerRootDir": str(tmp_path)})

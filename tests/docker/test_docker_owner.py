@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import re
+import signal
 import sys
 import time
 import uuid
@@ -108,6 +111,19 @@ async def test_one_that_was_killed_is_succeeded_after_a_knock(box: Scratch) -> N
                 async with sole_owner(box.docker, "third", box.prefix):
                     pytest.fail("two owners")
     assert await volumes(box.docker, box.prefix) == []
+
+
+async def test_one_that_stood_still_learns_that_it_was_succeeded(box: Scratch) -> None:
+    """It doesn't take its place back when it goes on."""
+    async with contender(box, "first") as first:
+        assert await says(first) == "owner"
+        first.send_signal(signal.SIGSTOP)
+        async with sole_owner(box.docker, "second", box.prefix) as second:
+            [ours] = await volumes(box.docker, box.prefix)
+            first.send_signal(signal.SIGCONT)
+            assert re.match(rf"lost: another modelswap .* pid {os.getpid()} on ", await says(first))
+            assert await volumes(box.docker, box.prefix) == [ours]
+            second.ensure()
 
 
 async def test_our_own_predecessor_is_succeeded_at_once(box: Scratch) -> None:

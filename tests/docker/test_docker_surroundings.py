@@ -82,7 +82,10 @@ async def look_inside(
 async def test_on_the_host_engines_are_met_on_loopback(box: Scratch) -> None:
     """And what Hugging Face's programs use here is what containers are to use."""
     found = await look_around(box.docker, Docker(), {"HOME": "/home/me"}, Path("/dev/null"))
-    assert found == Surroundings(hf_cache="/home/me/.cache/huggingface", gpus=found.gpus, cdi=found.cdi)
+    cache = "modelswap-compile-cache"
+    assert found == Surroundings(
+        hf_cache="/home/me/.cache/huggingface", compile_cache=cache, gpus=found.gpus, cdi=found.cdi
+    )
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,11 @@ class FakeEngine:
             raise self.launch_error
         return Launch(tuple(model.command or ()), dict(model.env))
 
-    def standby(self, model: Model, launch: Launch) -> StandbyPlan | None:
+    def standby(self, model: Model, launch: Launch, weights: Path | None = None) -> StandbyPlan | None:
         return self.standby_plan
+
+    def caches(self) -> tuple[()]:
+        return ()
 
     def port(self) -> int:
         return 8000

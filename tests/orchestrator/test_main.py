@@ -30,8 +30,8 @@ async def test_containers_learn_of_amd_gpus(
     machine.add_card()
     told: list[Any] = []
 
-    def hosts_of(*given: Any) -> None:
-        told.append(given[2])
+    def hosts_of(*_given: Any, amd: Sequence[Nodes], **_rest: Any) -> None:
+        told.append(amd)
         raise Enough
 
     device = AmdGpuDevice.open(0, machine.root) if amd else SlotDevice()

@@ -21,7 +21,7 @@ MANAGED = {"command": None, "image": "engine:1"}
 ADOPTED = {"command": None, "container": "llm"}
 
 
-class FakeWeights:
+class FakeWeights(NoWeights):
     """Weights for every model, which come when ``gate`` is open."""
 
     def __init__(self) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -10,10 +13,14 @@ from modelswap.core.snapshot import Snapshot, SwapView
 from modelswap.core.swap import Phase
 from modelswap.engines.base import Address, Engine, Place, StandbyPlan
 from modelswap.engines.registry import engine_for
+from modelswap.orchestrator import sleepers, standing_by
+from modelswap.orchestrator.facts import Configured
+from modelswap.orchestrator.preparing import NoWeights, Weights
 from modelswap.orchestrator.standing_by import USUAL_BYTES, affordable, moving, plans
 from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.base import StandbyState
-from modelswap.spec.config import Model
+from modelswap.spec.config import Config, Model
+from modelswap.testing.waiting import until
 
 PROGRAM = ["/venv/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
 
@@ -39,10 +46,21 @@ def vllm(**fields: object) -> Model:
     return Model.model_validate({"engine": "vllm", "model": "org/name", **base, **fields})
 
 
-async def planned(**models: Model) -> list[StandbyPlan]:
+class Seen(NoWeights):
+    """Weights of which some folders can be seen, by the models' names."""
+
+    def __init__(self, folders: dict[str, Path]) -> None:
+        self.folders = folders
+
+    async def folder(self, name: str, spec: Model) -> Path | None:
+        """See `Weights`."""
+        return self.folders.get(name)
+
+
+async def planned(weights: Weights | None = None, /, **models: Model) -> list[StandbyPlan]:
     """Return the plans for a config of these models."""
     engines: dict[str, Engine] = {name: engine_for(model.engine) for name, model in models.items()}
-    return await plans(models, engines, Images())
+    return await plans(models, engines, Images(), weights or NoWeights())
 
 
 async def test_one_serves_all_models_of_an_environment() -> None:
@@ -78,6 +96,78 @@ async def test_a_container_waits_like_its_model() -> None:
     [plan] = await planned(a=model, b=vllm(standby=False))
     assert plan.spec == model
     assert plan.python == ("python3",)
+
+
+async def test_it_imports_what_its_models_are_made_of(tmp_path: Path) -> None:
+    """In a container, too, where what a model is loaded from can be seen; without that it still waits."""
+    seen = {}
+    for name, text in (("a", '{"architectures": ["One"]}'), ("b", '{"architectures": ["Two", "One"]}'), ("c", "{")):
+        seen[name] = tmp_path / name
+        seen[name].mkdir()
+        (seen[name] / "config.json").write_text(text)
+    models = {name: vllm(image="img", model=f"org/{name}") for name in "abcd"}
+    [plan] = await planned(Seen(seen), **models)
+    assert plan.hints == ("One", "Two")
+    [plan] = await planned(**models)
+    assert plan.hints == ()
+    [plan] = await planned(Seen(seen), a=vllm(), b=vllm())
+    assert plan.hints == ("One", "Two")
+
+
+async def test_a_process_sees_its_own_folder(tmp_path: Path) -> None:
+    """Nobody needs to tell what lies at a path of this machine."""
+    (tmp_path / "config.json").write_text('{"architectures": ["Own"]}')
+    [plan] = await planned(a=vllm(model=str(tmp_path)), b=vllm(model=".", cwd=str(tmp_path)))
+    assert plan.hints == ("Own",)
+
+
+class Desk:
+    """As much of an orchestrator as keeps standbys; a model comes in while ``busy``."""
+
+    def __init__(self, config: Config, weights: Weights) -> None:
+        self.configured = Configured.of(config, engine_for)
+        self.weights = weights
+        self.kept: list[list[StandbyPlan]] = []
+        self.busy = False
+        self.shell: Any = self
+        self.outside: Any = SimpleNamespace(runtime=self)
+        self.looked = 0
+
+    def snapshot(self) -> Any:
+        """See `Shell`."""
+        self.looked += 1
+        coming = SwapView(device="gpu", source="a", target="b", phase=Phase.IN, seconds=1.0, phases={})
+        return snapshot(coming) if self.busy else snapshot()
+
+    def standbys(self) -> list[StandbyState]:
+        """See `Runtime`."""
+        return []
+
+    async def stand_by(self, plans: list[StandbyPlan]) -> None:
+        """See `Runtime`."""
+        self.kept.append(plans)
+
+
+async def test_what_a_swap_brought_is_known_to_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that were downloaded for a swap tell what the standby that follows had better import."""
+    monkeypatch.setattr(standing_by, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(standing_by, "QUIET_FOR", 0.01)
+    monkeypatch.setattr(sleepers, "spare", lambda _: 10 * USUAL_BYTES)
+    (tmp_path / "config.json").write_text('{"architectures": ["New"]}')
+    weights = Seen({})
+    desk = Desk(Config(models={"a": vllm(), "b": vllm()}), weights)
+    keeping = asyncio.create_task(standing_by.keep_standing_by(desk))
+    try:
+        await until(lambda: bool(desk.kept and desk.kept[-1]))
+        assert desk.kept[-1][0].hints == ()
+        desk.busy, looked = True, desk.looked
+        await until(lambda: desk.looked > looked + 1)
+        weights.folders["b"] = tmp_path
+        desk.busy = False
+        await until(lambda: bool(desk.kept[-1]) and desk.kept[-1][0].hints == ("New",))
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
 
 
 @pytest.mark.parametrize(("spare", "kept"), [(3 * USUAL_BYTES, 2), (USUAL_BYTES + 5, 1), (5, 0)])

@@ -84,6 +84,8 @@ class FakeDocker:
         """How often the containers' events were asked for."""
         self.inspections = 0
         """How often containers were looked at."""
+        self.answering: set[str] = set()
+        """The tokens of owners elsewhere that answer knocks."""
         self._queues: dict[asyncio.Queue[bytes | None], dict[str, list[str]]] = {}
         self._runner: web.AppRunner | None = None
 
@@ -149,6 +151,33 @@ class FakeDocker:
         container.starts += 1
         self.tell("start", container)
 
+    def owner(self) -> str:
+        """Return the name of the volume by which the orchestrator of this Docker is known."""
+        [name] = [name for name in self.volumes if "-owner-" in name]
+        return name
+
+    def prune(self, name: str) -> None:
+        """Remove a volume, as ``docker volume prune`` does."""
+        del self.volumes[name]
+        self._publish("volume", "destroy", name, {})
+
+    def usurp(self, rank: int = 7) -> None:
+        """Have another orchestrator take the place of ours, which it found dead."""
+        ours = self.owner()
+        labels = {
+            "io.modelswap.lock": "modelswap",
+            "io.modelswap.token": "theirs",
+            "io.modelswap.owner": "their-state",
+            "io.modelswap.host": "elsewhere",
+            "io.modelswap.pid": "4711",
+            "io.modelswap.since": "2026-01-01T00:00:00+00:00",
+        }
+        name = f"modelswap-owner-{rank}"
+        if name != ours:
+            del self.volumes[ours]
+        self.volumes[name] = {"Name": name, "Driver": "local", "Labels": labels}
+        self._publish("volume", "destroy", ours, {})
+
     def tell(self, action: str, container: Container, at: float | None = None, **attributes: str) -> None:
         """Send a container's event."""
         labels = container.body.get("Labels", {})
@@ -199,6 +228,8 @@ class FakeDocker:
 
     async def _make_volume(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        if body["Labels"].get("io.modelswap.to") in self.answering:
+            return web.json_response(body, status=201)  # it is taken away at once
         volume = self.volumes.setdefault(body["Name"], body)
         self._publish("volume", "create", body["Name"], {})
         return web.json_response(volume, status=201)

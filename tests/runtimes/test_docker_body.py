@@ -275,7 +275,7 @@ def test_the_fingerprint_is_of_what_matters() -> None:
         made(spec, INSIDE),
         made(spec, env={"HF_TOKEN": "new"}),
         made(vllm(args=["--seed", "1"])),
-        made(vllm(volumes=["a:/b"])),
+        made(vllm(volumes=["vol:/b"])),
         made(vllm(api_key="key")),
     ]
     digests = [fingerprint(each) for each in (first, *others)]

@@ -7,12 +7,15 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiodocker
+import msgspec
 import pytest
+import structlog
 from aiohttp import web
 
 from modelswap.engines.base import Launch, StandbyPlan
 from modelswap.runtimes.base import Known, StandbyState, StartFailed, StartOrder
-from modelswap.runtimes.docker import execs
+from modelswap.runtimes.docker import execs, standbys
 from modelswap.runtimes.docker.body import STANDBY
 from modelswap.runtimes.docker.opening import open_runtime
 from modelswap.runtimes.docker.runtime import DockerRuntime
@@ -34,12 +37,17 @@ class Bench:
         self.answers: list[bytes | Exception] = [b'{"ready": true}']
         self.refused: dict[tuple[str, str], str] = {}
         """What Docker objects to, by method and the path's last part."""
+        self.status = 500
+        """As what it objects."""
+        self.asked: list[tuple[str, str]] = []
+        """What was asked for, in the same terms."""
 
     async def fault(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Answer in the engine's place."""
         last = request.path.rpartition("/")[2]
+        self.asked.append((request.method, last))
         if (objection := self.refused.get((request.method, last))) is not None:
-            return web.json_response({"message": objection}, status=500)
+            return web.json_response({"message": objection}, status=self.status)
         if (request.method, last) == ("PUT", "archive"):
             assert b"modelswap_standby.py" in await request.read()
             return web.Response()
@@ -110,6 +118,43 @@ async def test_what_docker_refuses_is_the_problem(bench: Bench, refused: tuple[s
     state = await bench.settled()
     assert reason in state.problem and not state.ready
     await until(lambda: not bench.waiting())
+
+
+FORBIDDEN = "<html><body><h1>403 Forbidden</h1>\nRequest forbidden by administrative rules.\n</body></html>"
+
+
+@pytest.mark.parametrize("call", ["create", "archive", "start", "exec"])
+async def test_what_a_filter_refuses_is_not_tried_again(
+    bench: Bench, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A socket proxy goes on refusing: one line says what to do about it, and that's that until the config changes."""
+    monkeypatch.setattr(standbys, "_RETRY_AFTER", 0.0)
+    monkeypatch.setattr(standbys, "_RETRY_SOON", 0.0)
+    bench.status = 403
+    if call == "exec":
+        bench.answers = [aiodocker.DockerError(403, FORBIDDEN)]
+    else:
+        bench.refused["PUT" if call == "archive" else "POST", call] = FORBIDDEN
+    with structlog.testing.capture_logs() as logs:
+        state = await bench.settled()
+        assert "standby: false" in state.problem and "forbidden by administrative rules" in state.problem
+        await until(lambda: not bench.waiting())
+        bench.asked.clear()
+        await bench.runtime.stand_by([])
+        await bench.runtime.stand_by([PLAN, msgspec.structs.replace(PLAN, key="other")])
+        await bench.runtime.configure({"m": Known(SPEC, "d")})
+        await bench.runtime.stand_by([PLAN])
+        assert [one.key for one in bench.runtime.standbys() if one.problem == state.problem] == ["k", "other"]
+        running = await bench.runtime.start(await bench.order()) if call in ("archive", "exec") else None
+    [told] = [entry for entry in logs if entry["log_level"] == "warning"]
+    assert "standby: false" in told["event"] and "<" not in told["reason"]
+    assert running is None or running.mechanism == "cold"
+    assert bench.asked.count(("POST", "create")) == (running is not None)
+    bench.refused.clear()
+    bench.answers = [b'{"ready": true}']
+    await bench.runtime.configure({"m": Known(SPEC, "changed")})
+    await bench.runtime.stand_by([PLAN])
+    await until(lambda: any(one.ready for one in bench.runtime.standbys()))
 
 
 async def test_without_its_image_there_is_none(bench: Bench) -> None:

@@ -371,7 +371,7 @@ async def test_docker_is_opened_as_the_config_says_that_holds_then(
     monkeypatch.setattr("modelswap.runtimes.docker.opening.open_runtime", open_runtime)
     latest = Config(models={"a": PROCESS})
     amd = (Nodes(("/dev/kfd",)),)
-    async with hosts_of(tmp_path, lambda: latest, amd) as hosts:
+    async with hosts_of(tmp_path, lambda: latest, amd=amd) as hosts:
         await hosts.configure({"a": Known(PROCESS, "d")})
         assert (await hosts.allocate(PROCESS)).address.host == "127.0.0.1"
         assert opened == []

@@ -194,6 +194,9 @@ def test_a_container_and_a_service_of_one_name_are_two() -> None:
         ("project: My Project", "docker.project: not a compose project's name"),
         ("network: host", "docker.network: 'host' would open the engine"),
         ("hf_cache: ./cache", "docker.hf_cache: not something to mount; an absolute folder of Docker's machine, or a"),
+        ("compile_cache: ./x", "docker.compile_cache: not something to mount; an absolute folder of Docker's machine"),
+        ("compile_cache: ''", "docker.compile_cache: not something to mount"),
+        ("compile_cache: true", "docker.compile_cache: wants a volume's name, a folder, or false for none"),
         ("hots: x", "docker.hots: unknown key; did you mean 'host'?"),
     ],
 )
@@ -212,6 +215,23 @@ def test_a_right_section_docker() -> None:
         ("tcp://[::1]:1", "hf"),
     ):
         assert loads(text.format(host, cache), {}).docker.host == host
+
+
+@pytest.mark.parametrize(
+    ("said", "cache"),
+    [
+        ("network: llm", "modelswap-compile-cache"),
+        ("compile_cache: false", None),
+        ("compile_cache: null", None),
+        ("compile_cache: /srv/compiled", "/srv/compiled"),
+        ("compile_cache: ${CACHE:-modelswap-compile-cache}", "of-my-own"),
+        ("compile_cache: ${OFF:-modelswap-compile-cache}", None),
+    ],
+)
+def test_where_compiled_code_is_kept(said: str, cache: str | None) -> None:
+    """A volume by default, another volume or a folder, or nowhere; also from a variable."""
+    found = loads(f"models: {{a: {{model: m}}}}\ndocker:\n  {said}", {"CACHE": "of-my-own", "OFF": "false"})
+    assert found.docker.compile_cache == cache
 
 
 def test_a_variable_that_is_missing_is_one_problem() -> None:

@@ -9,6 +9,7 @@ from typing import Protocol
 import aiohttp
 import msgspec
 
+from modelswap.engines.compiling import Cache
 from modelswap.spec.config import Model
 
 
@@ -121,8 +122,15 @@ class Engine(Protocol):
         """
         ...
 
-    def standby(self, model: Model, launch: Launch) -> StandbyPlan | None:
-        """Return how to keep a process waiting that a start with ``launch`` can use; None if there is no way."""
+    def standby(self, model: Model, launch: Launch, weights: Path | None = None) -> StandbyPlan | None:
+        """Return how to keep a process waiting that a start with ``launch`` can use; None if there is no way.
+
+        ``weights`` is the folder that the model is loaded from, as we see it; None if it isn't here, or can't be seen.
+        """
+        ...
+
+    def caches(self) -> tuple[Cache, ...]:
+        """Return where it keeps what it compiles; nothing if it compiles nothing, or nobody knows."""
         ...
 
     def port(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import aiohttp
@@ -40,8 +41,12 @@ class Custom:
         """Return ``concurrency``, by default 4."""
         return model.concurrency or _SLOTS
 
-    def standby(self, model: Model, launch: Launch) -> None:
+    def standby(self, model: Model, launch: Launch, weights: Path | None = None) -> None:
         """Return None: it has none."""
+
+    def caches(self) -> tuple[()]:
+        """Return none: nothing is known of it."""
+        return ()
 
     def port(self) -> int:
         """Return 8000; containers of this engine had better say ``port``."""

@@ -59,8 +59,12 @@ class LlamaCpp:
         given = options.value(model.args, "--parallel", "-np", "--n-parallel")
         return model.concurrency or options.whole(given or model.env.get("LLAMA_ARG_N_PARALLEL")) or 1
 
-    def standby(self, model: Model, launch: Launch) -> None:
+    def standby(self, model: Model, launch: Launch, weights: Path | None = None) -> None:
         """Return None: it has none."""
+
+    def caches(self) -> tuple[()]:
+        """Return none: it comes compiled."""
+        return ()
 
     def port(self) -> int:
         """Return llama-server's default, 8080."""

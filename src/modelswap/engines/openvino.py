@@ -65,8 +65,12 @@ class OpenVino:
         """Return 1: it has one thread that generates."""
         return model.concurrency or 1
 
-    def standby(self, model: Model, launch: Launch) -> None:
+    def standby(self, model: Model, launch: Launch, weights: Path | None = None) -> None:
         """Return None: it has none."""
+
+    def caches(self) -> tuple[()]:
+        """Return none: it runs in no container."""
+        return ()
 
     def port(self) -> int:
         """Return 8000."""

@@ -24,14 +24,15 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import aiohttp
 
-from modelswap.engines import greedy, hub_causes, options
+from modelswap.engines import compiling, greedy, hub_causes, options
 from modelswap.engines import http as ask
 from modelswap.engines.base import Address, CannotSleep, CannotWake, Diagnosis, Launch, Readiness, WakeOutOfMemory
+from modelswap.engines.compiling import Cache
 from modelswap.engines.diagnosis import cause, clean, explain
 from modelswap.engines.programs import NotInstalled, folder, local, on_path, only_wraps
 from modelswap.spec.config import Model
@@ -74,8 +75,12 @@ class SGLang:
         """Return ``--max-running-requests``, by default 256: it queues what is more."""
         return model.concurrency or options.whole(options.value(model.args, "--max-running-requests")) or _SLOTS
 
-    def standby(self, model: Model, launch: Launch) -> None:
+    def standby(self, model: Model, launch: Launch, weights: Path | None = None) -> None:
         """Return None: it has none."""
+
+    def caches(self) -> tuple[Cache, ...]:
+        """Return its own, and those of the libraries that it compiles with."""
+        return compiling.SGLANG
 
     def port(self) -> int:
         """Return SGLang's default, 30000."""

@@ -29,9 +29,10 @@ from typing import Final
 
 import aiohttp
 
-from modelswap.engines import greedy, options, vllm_causes, vllm_sleep, vllm_standby
+from modelswap.engines import compiling, greedy, options, vllm_causes, vllm_sleep, vllm_standby
 from modelswap.engines import http as ask
 from modelswap.engines.base import Address, Diagnosis, Launch, Readiness, StandbyPlan
+from modelswap.engines.compiling import Cache
 from modelswap.engines.programs import NotInstalled, folder, local, on_path, only_wraps
 from modelswap.spec.config import Model
 
@@ -80,7 +81,7 @@ class Vllm:
         """Return ``--max-num-seqs``, by default 256."""
         return model.concurrency or options.whole(options.value(model.args, "--max-num-seqs")) or _SLOTS
 
-    def standby(self, model: Model, launch: Launch) -> StandbyPlan | None:
+    def standby(self, model: Model, launch: Launch, weights: Path | None = None) -> StandbyPlan | None:
         """Return how one waits in the Python that ``launch`` would start, with the same environment.
 
         The API key isn't part of it: that is read when the server starts. For a container, neither is anything that
@@ -93,8 +94,12 @@ class Vllm:
         env = {name: value for name, value in launch.env.items() if name != _KEY}
         spelled = json.dumps([python, sorted(env.items()), _container(model) if inside else None])
         key = f"vllm-{hashlib.sha256(spelled.encode()).hexdigest()[:12]}"
-        hints = () if inside else _architectures(model)
+        hints = _architectures(weights or (None if inside else _own_folder(model)))
         return StandbyPlan(key, python, Path(vllm_standby.__file__), env, hints, model if inside else None)
+
+    def caches(self) -> tuple[Cache, ...]:
+        """Return its own, and those of the libraries that it compiles with."""
+        return compiling.VLLM
 
     def port(self) -> int:
         """Return vLLM's default, 8000."""
@@ -215,13 +220,17 @@ def _container(model: Model) -> list[object]:
     return [from_hub, model.model_dump(mode="json", include=_CONTAINER)]
 
 
-def _architectures(model: Model) -> tuple[str, ...]:
-    """Return what a local model's ``config.json`` names; empty if that can't be read."""
-    folder = local(model.model or "", model)
-    if folder is None:
+def _own_folder(model: Model) -> Path | None:
+    found = local(model.model or "", model)
+    return None if found is None else (model.cwd or Path()) / found
+
+
+def _architectures(weights: Path | None) -> tuple[str, ...]:
+    """Return what the ``config.json`` in a model's folder names; empty if that can't be read."""
+    if weights is None:
         return ()
     try:
-        named = json.loads(((model.cwd or Path()) / folder / "config.json").read_bytes())["architectures"]
+        named = json.loads((weights / "config.json").read_bytes())["architectures"]
     except (OSError, ValueError, KeyError, TypeError):
         return ()
     return tuple(word for word in named if isinstance(word, str)) if isinstance(named, list) else ()

@@ -43,8 +43,16 @@ async def serve(
     """Run an orchestrator until ``stop`` is set, and leave its engines running.
 
     ``reload``, when set, has the config file read again. ``sock`` is a bound socket to serve on, by default the
-    config's address. ``ready`` is called with the API's URL. Raises `ModelswapError` if it can't begin.
+    config's address. ``ready`` is called with the API's URL. Raises `ModelswapError` if it can't begin, and if another
+    orchestrator has taken over its Docker while it stood still: then it sets ``stop`` itself, and ends as it does.
     """
+    overruled: list[ModelswapError] = []
+
+    def give_way(reason: ModelswapError) -> None:
+        _log.error("ending", reason=str(reason))
+        overruled.append(reason)
+        stop.set()
+
     folder = state.state_dir(config)
     state.prepare(folder)
     async with contextlib.AsyncExitStack() as stack:
@@ -59,7 +67,7 @@ async def serve(
             latest = load(path)
             return latest
 
-        hosts = await stack.enter_async_context(hosts_of(folder, lambda: latest, amd))
+        hosts = await stack.enter_async_context(hosts_of(folder, lambda: latest, amd=amd, on_lost=give_way))
         stack.push_async_callback(hosts.stand_by, [])  # engines outlive us, those that wait to be one needn't
         parts = Parts(
             runtime=hosts,
@@ -77,6 +85,8 @@ async def serve(
             service.outside.memory.standbys = lambda: standing_by.host_bytes(service.outside)
             service.tasks.start(standing_by.keep_standing_by(service), "standbys")
             await serve_api(service, sock, stop=stop, reload=reload or asyncio.Event(), ready=ready)
+    if overruled:
+        raise overruled[0]
 
 
 async def serve_api(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final, Protocol
 
 import structlog
@@ -38,6 +39,10 @@ class Weights(Protocol):
         """Return the bytes of a model's weights; None if they aren't all here, or are none of ours."""
         ...
 
+    async def folder(self, name: str, spec: Model) -> Path | None:
+        """Return the folder that a model is loaded from, as we see it; None if it isn't here, or can't be seen."""
+        ...
+
 
 class NoWeights:
     """`Weights` where engines see to their own."""
@@ -50,6 +55,10 @@ class NoWeights:
         """See `Weights`."""
 
     async def size(self, name: str, spec: Model) -> int | None:
+        """See `Weights`."""
+        return None
+
+    async def folder(self, name: str, spec: Model) -> Path | None:
         """See `Weights`."""
         return None
 

@@ -79,6 +79,7 @@ class Service:
         self.configured = configured
         self.device = parts.device
         self.outside = outside
+        self.weights = parts.weights
         self.history = history
         self.journal = journal
         self.store = store

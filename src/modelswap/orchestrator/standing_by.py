@@ -15,6 +15,7 @@ from modelswap.engines.base import Address, Engine, Place, StandbyPlan
 from modelswap.orchestrator import sleepers
 from modelswap.orchestrator.facts import Configured
 from modelswap.orchestrator.hosting import Outside
+from modelswap.orchestrator.preparing import Weights
 from modelswap.orchestrator.shell import Shell
 from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.base import StandbyState
@@ -40,18 +41,20 @@ class Places(Protocol):
         ...
 
 
-async def plans(models: Mapping[str, Model], engines: Mapping[str, Engine], places: Places) -> list[StandbyPlan]:
+async def plans(
+    models: Mapping[str, Model], engines: Mapping[str, Engine], places: Places, weights: Weights
+) -> list[StandbyPlan]:
     """Return one plan for each interpreter and environment that models are started in.
 
-    The hints of models that share a plan are put together. With a single model there is nothing to swap, so nothing to
-    wait for.
+    The hints of models that share a plan are put together, as far as we see what they are loaded from. With a single
+    model there is nothing to swap, so nothing to wait for.
     """
     found: dict[str, StandbyPlan] = {}
     if not take_turns(models):
         return []
     for name, model in models.items():
         try:
-            wanted = await plan(name, model, engines[name], places)
+            wanted = await plan(name, model, engines[name], places, weights)
         except ModelswapError:
             continue  # its start will say why
         if wanted is None:
@@ -67,8 +70,12 @@ def take_turns(models: Mapping[str, Model]) -> bool:
     return sum(model.device == "gpu" for model in models.values()) > 1
 
 
-async def plan(name: str, model: Model, engine: Engine, places: Places) -> StandbyPlan | None:
+async def plan(
+    name: str, model: Model, engine: Engine, places: Places, weights: Weights | None = None
+) -> StandbyPlan | None:
     """Return how a standby for a model waits; None if it shall or can have none.
+
+    Without ``weights`` it lacks hints, which aren't part of its key.
 
     Raises `ModelswapError` where it can't be started at all, or not yet (its image isn't here).
     """
@@ -76,7 +83,8 @@ async def plan(name: str, model: Model, engine: Engine, places: Places) -> Stand
         return None
     place = _SOMEWHERE if model.runtime == "process" else await places.allocate(model)
     launch = await asyncio.to_thread(engine.launch, name, model, place.address, place.program)
-    return await asyncio.to_thread(engine.standby, model, launch)
+    folder = await weights.folder(name, model) if weights is not None else None
+    return await asyncio.to_thread(engine.standby, model, launch, folder)
 
 
 def affordable(
@@ -106,6 +114,7 @@ class Asked(Protocol):
     configured: Configured
     outside: Outside
     shell: Shell
+    weights: Weights
 
 
 async def keep_standing_by(service: Asked) -> None:
@@ -121,13 +130,16 @@ async def keep_standing_by(service: Asked) -> None:
         now = loop.time()
         if moving(service.shell.snapshot()):
             busy_at = now
-        if service.configured is not configured or now - planned_at > PLAN_EVERY:
+        quiet = now - busy_at >= QUIET_FOR
+        # Weights may have come meanwhile, which tell what a standby had better import.
+        stale = now - planned_at > PLAN_EVERY or (quiet and planned_at < busy_at)
+        if service.configured is not configured or stale:
             configured, planned_at = service.configured, now
-            wanted = await plans(configured.config.models, configured.engines, runtime)
+            wanted = await plans(configured.config.models, configured.engines, runtime, service.weights)
         there = runtime.standbys()
         if not wanted and not there:
             continue
-        kept = affordable(wanted, there, sleepers.spare(service.outside), quiet=now - busy_at >= QUIET_FOR)
+        kept = affordable(wanted, there, sleepers.spare(service.outside), quiet=quiet)
         ended = {state.key for state in there if not state.problem} - {plan.key for plan in kept}
         if ended and not short:
             _log.warning("standby let go: too little host memory, or no model uses it any more", keys=sorted(ended))

@@ -41,10 +41,17 @@ class Containers(Runtime, Protocol):
         ...
 
 
-def hosts_of(state_dir: Path, config: Callable[[], Config], amd: Sequence[Nodes] = ()) -> Hosts:
+def hosts_of(
+    state_dir: Path,
+    config: Callable[[], Config],
+    *,
+    amd: Sequence[Nodes] = (),
+    on_lost: Callable[[ModelswapError], None] = lambda _: None,
+) -> Hosts:
     """Return what hosts engines on this machine, with its records in ``state_dir``; ``config`` is the one that holds.
 
-    Docker is opened as the config says that holds then. ``amd`` are all AMD GPUs if the device is one.
+    Docker is opened as the config says that holds then. ``amd`` are all AMD GPUs if the device is one. ``on_lost`` is
+    told if another orchestrator has taken over that Docker (`runtimes.docker.opening.open_runtime`).
     """
     orchestrator = config().orchestrator
 
@@ -59,6 +66,7 @@ def hosts_of(state_dir: Path, config: Callable[[], Config], amd: Sequence[Nodes]
             amd=amd,
             port_of=lambda kind: engine_for(kind).port(),
             ports=now.orchestrator.ports,
+            on_lost=on_lost,
         )
 
     process = ProcessRuntime(state_dir, int(orchestrator.log_size), ports=orchestrator.ports)

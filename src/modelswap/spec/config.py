@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, model_validator
 
-from modelswap.spec.fields import Bytes, Location, Port, Seconds, SomeSeconds
+from modelswap.spec.fields import Bytes, Cache, Location, Port, Seconds, SomeSeconds
 
 RuntimeName = Literal["process", "adopted", "managed"]
 """``adopted``: a container that somebody else made; ``managed``: one that we make."""
@@ -276,6 +276,11 @@ class Docker(Strict):
     """The network on which we and the engines meet. Default: our own container's; on the host: loopback ports."""
     hf_cache: str | None = None
     """Folder or volume mounted as Hugging Face cache into `image` containers. Default: our own `$HF_HOME`."""
+    compile_cache: Cache = "modelswap-compile-cache"
+    """Folder or volume mounted into `image` containers of vLLM and SGLang for what they compile; `false`: none.
+
+    A model's own `env` (`VLLM_CACHE_ROOT`, …) and `volumes` go first. Images that don't run as root get none.
+    """
 
 
 class Config(Strict):

@@ -180,6 +180,8 @@ def check_docker(tree: Tree, docker: object) -> None:
     _network(tree, (*path, "network"), docker.get("network"))
     hint = "an absolute folder of Docker's machine, or a volume's name"
     _told(tree, (*path, "hf_cache"), docker, _is_source, "not something to mount", hint)
+    hint = f"{hint}; false for none"
+    _told(tree, (*path, "compile_cache"), docker, _is_source, "not something to mount", hint)
 
 
 def docker_host_hint(text: str) -> str:

@@ -14,6 +14,14 @@ def _size(value: object) -> object:
     return value
 
 
+def _off(value: object) -> object:
+    if value is False or value == "false":  # a variable's value is always a text
+        return None
+    if value is not None and not isinstance(value, str):
+        raise ValueError("wants a volume's name, a folder, or false for none")
+    return value
+
+
 def _at_home(path: Path) -> Path:
     try:
         return path.expanduser()
@@ -37,5 +45,11 @@ Bytes = Annotated[
         }
     ),
 ]
+Cache = Annotated[
+    str | None,
+    BeforeValidator(_off),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"const": False}, {"type": "null"}]}),
+]
+"""A volume's name or a folder; None, written ``false``, for none."""
 # YAML has no paths, so these alone are made from text in strict mode.
 Location = Annotated[Path, Field(strict=False), AfterValidator(_at_home)]

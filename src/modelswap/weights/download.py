@@ -96,6 +96,24 @@ class HubWeights:
         found = await self.present(name, spec)
         return None if found is None else found.total
 
+    async def folder(self, name: str, spec: Model) -> Path | None:
+        """Return the folder that a model is loaded from, as we see it; None if it isn't here, or can't be seen.
+
+        Of processes only what comes from the hub: they see a folder as we do.
+        """
+        return await asyncio.to_thread(self._folder, name, spec)
+
+    def _folder(self, name: str, spec: Model) -> Path | None:
+        if spec.runtime == "managed" and (spec.model or "").startswith("/"):
+            return places.behind(spec, spec.model or "", self._seen)
+        task = self._task(name, spec)
+        # A model that is a folder may have a tokenizer of the hub.
+        if task is None or (first := task[0].repos[0]).repo != spec.model:
+            return None
+        hub = Path(first.folder) if first.folder else places.hub_cache(task[1])
+        found = cache.complete(first, hub) or cache.usable(first, hub)
+        return None if found is None else found.path
+
     def _task(self, name: str, spec: Model) -> tuple[Wanted, dict[str, str]] | None:
         found = plan.wanted(name, spec, mounted=self._mounted(spec))
         if found is None:

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 from modelswap.engines import options
 from modelswap.spec import config
 from modelswap.spec.config import Model
-from modelswap.spec.volumes import parse
+from modelswap.spec.volumes import Volume, parse
 
 HUB: Final = "https://huggingface.co"
 
@@ -119,6 +119,14 @@ def shared_home(docker: config.Docker, env: Mapping[str, str] = os.environ, *, s
     return None if any(map(_is_mount, (home, *home.parents[:-1]))) else Unseen.CACHE
 
 
+def behind(spec: Model, path: str, seen: Seen) -> Path | None:
+    """Return where we see an absolute ``path`` of a managed model's container; None if we don't."""
+    place = PurePosixPath(path)
+    volume = _nearest(spec, place)
+    source = None if volume is None else seen(volume.source)
+    return None if volume is None or source is None else source / place.relative_to(volume.target)
+
+
 def hub_cache(env: Mapping[str, str]) -> Path:
     """Return the folder of repositories, as huggingface_hub 2.4 finds it (its `constants.py`)."""
     for name in _HUBS:
@@ -182,10 +190,14 @@ def _mounted(spec: Model, seen: Seen) -> tuple[Path, ...] | None:
     """Return where a container has a cache of its own: nothing if it has none, None if we can't see it."""
     home = PurePosixPath(spec.env.get("HF_HOME", str(_HOME)))
     hub = next((PurePosixPath(spec.env[name]) for name in _HUBS if name in spec.env), home / "hub")
-    volumes = [volume for volume in map(parse, spec.volumes) if hub.is_relative_to(volume.target)]
-    if volumes:
-        nearest = max(volumes, key=lambda volume: len(PurePosixPath(volume.target).parts))
-        source = seen(nearest.source)
-        return None if source is None else (source / hub.relative_to(nearest.target),)
+    if _nearest(spec, hub) is not None:
+        found = behind(spec, str(hub), seen)
+        return None if found is None else (found,)
     named = any(name in spec.env for name in (*_HUBS, "HF_HOME"))
     return None if named and spec.runtime == "managed" else ()
+
+
+def _nearest(spec: Model, place: PurePosixPath) -> Volume | None:
+    """Return the mount of a container in which ``place`` is."""
+    around = [volume for volume in map(parse, spec.volumes) if place.is_relative_to(volume.target)]
+    return max(around, key=lambda volume: len(PurePosixPath(volume.target).parts), default=None)

@@ -45,7 +45,7 @@ async def room(scene: Scene) -> list[Finding]:
         if wanted.hub is not None:
             wants += [(wanted.hub, "weights", await still_to_come(wanted))]
     with contextlib.suppress(ToldElsewhere):  # where Docker keeps images can't be seen then
-        wants += await _images(scene)
+        wants += await _dockers(scene)
     disks: dict[int, Disk] = {}
     for folder, use, needed in wants:
         place = next(filter(is_there, (folder, *folder.parents)))
@@ -69,7 +69,7 @@ async def still_to_come(wanted: weights.Wanted) -> int:
     return max(0, guessed - kept.bytes)
 
 
-async def _images(scene: Scene) -> list[tuple[Path, str, int]]:
+async def _dockers(scene: Scene) -> list[tuple[Path, str, int]]:
     docker = await scene.docker()
     around = await scene.around()
     root = Path(str((await docker.info()).get("DockerRootDir") or "/var/lib/docker"))
@@ -81,7 +81,10 @@ async def _images(scene: Scene) -> list[tuple[Path, str, int]]:
         for model in scene.models("managed").values()
         if model.pull != "never" and await scene.image(model.image or "") is None
     }
-    return [(root, "images", sum(missing.values()))]
+    wants = [(root, "images", sum(missing.values()))]
+    if around.compile_cache.startswith("/") and scene.models("managed"):
+        wants.append((Path(around.compile_cache), "what engines compile", 0))
+    return wants
 
 
 def of_disk(disk: Disk) -> Finding:

@@ -8,15 +8,18 @@ from typing import Final
 from modelswap.cli.doctor.engine import wants_gpu
 from modelswap.cli.doctor.finding import Finding, fine, note, problem, warning
 from modelswap.cli.doctor.scene import Scene, ToldElsewhere
-from modelswap.engines import options
+from modelswap.engines import compiling, options
 from modelswap.engines.paths import is_there
 from modelswap.engines.registry import FROM_HUB
+from modelswap.runtimes.docker import compiled
 from modelswap.runtimes.docker.images import Image
+from modelswap.runtimes.docker.surroundings import Surroundings
 from modelswap.spec.config import Model
 from modelswap.spec.volumes import parse
 
-COMPILED: Final = PurePosixPath("/root/.cache/vllm")
-"""Where vLLM keeps what it compiled, unless ``VLLM_CACHE_ROOT`` says otherwise."""
+_ROOT: Final = "VLLM_CACHE_ROOT"
+_UNSEEN: Final = Image("", (), ())
+"""Stands for an image that isn't here yet: most run as root."""
 
 _SEEN: Final = ("GPU ", "/dev/nvidia", "/dev/kfd", "/dev/dri/render")
 _LOOK_AT_AMD: Final = (
@@ -56,7 +59,8 @@ async def settings(scene: Scene) -> list[Finding]:
     for name, model in managed.items():
         if not around.container and not _remote(scene):
             findings += of_folders(name, model)
-        if (advice := of_compiled(name, model)) is not None:
+        image = await scene.image(model.image or "") or _UNSEEN
+        if (advice := of_compiled(name, model, image, around)) is not None:
             findings.append(advice)
         if (advice := of_shared_memory(name, model)) is not None:
             findings.append(advice)
@@ -75,15 +79,22 @@ def of_folders(name: str, model: Model) -> list[Finding]:
     ]
 
 
-def of_compiled(name: str, model: Model) -> Finding | None:
+def of_compiled(name: str, model: Model, image: Image, around: Surroundings) -> Finding | None:
     """Judge whether what vLLM compiles lasts longer than the container."""
     if model.engine != "vllm" or options.given(model.args, "--enforce-eager"):
         return None
-    kept = PurePosixPath(model.env.get("VLLM_CACHE_ROOT", str(COMPILED)))
-    if any(kept.is_relative_to(parse(volume).target) for volume in model.volumes):
+    env = compiled.kept(model, image, around).env | model.env
+    usual = next(cache.usual for cache in compiling.VLLM if cache.variable == _ROOT)
+    place = PurePosixPath(env.get(_ROOT, usual))
+    if place.is_relative_to(compiled.PLACE) or any(place.is_relative_to(parse(each).target) for each in model.volumes):
         return None
     message = f"{name}: what vLLM compiles (minutes of a first start) is lost whenever its container is made anew"
-    return note(message, f'keep it in a volume: volumes: ["vllm-cache:{kept}"]')
+    if compiled.barred(model, image, around):
+        message += f"; its image runs as {image.user}, and modelswap's cache is root's"
+        return note(message, f'mount a folder that it may write: volumes: ["/srv/vllm-cache:{compiled.PLACE}"]')
+    if _ROOT in model.env:
+        return note(message, f'keep it in a volume: volumes: ["vllm-cache:{place}"]')
+    return note(message, "keep it in modelswap's cache: drop docker.compile_cache: false")
 
 
 def of_shared_memory(name: str, model: Model) -> Finding | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import aiodocker
+import msgspec
 
 from modelswap.cli import addresses
 from modelswap.cli.client import AdminClient
@@ -103,8 +104,8 @@ class DockerSide:
             launch=Launch(_LOOK_AMD if amd else _LOOK, {}),
             address=Address("127.0.0.1", 1),
         )
+        around = msgspec.structs.replace(await self.around(), compile_cache="")  # a look leaves no volume behind
         gpu = self._config.device.index
-        around = await self.around()
         try:
             wanted = body.create_body(order, image, around, port=1, published=None, gpu=gpu, amd=amd, owner="")
         except StartFailed as not_there:

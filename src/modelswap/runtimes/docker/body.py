@@ -18,6 +18,7 @@ from modelswap.engines.base import Address, Launch, StandbyPlan
 from modelswap.engines.registry import FROM_HUB
 from modelswap.runtimes.base import StartOrder
 from modelswap.runtimes.docker import gpus
+from modelswap.runtimes.docker.compiled import kept
 from modelswap.runtimes.docker.images import Image
 from modelswap.runtimes.docker.surroundings import Surroundings
 from modelswap.runtimes.logfiles import safe_name
@@ -87,6 +88,9 @@ def create_body(
         if around.hf_cache and not _has_cache(spec):
             variables["HF_HOME"] = _HF_HOME
             binds.append(f"{around.hf_cache}:{_HF_HOME}")
+    compiled = kept(spec, image, around)
+    variables |= compiled.env
+    binds += [compiled.mount] if compiled.mount else []
     network = spec.network or around.network
     host: dict[str, Any] = {
         # Reaps what engines leave behind, and passes SIGTERM on to programs that wouldn't hear it as PID 1.

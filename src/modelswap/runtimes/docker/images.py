@@ -16,6 +16,7 @@ from modelswap.protocol.errors import Code, ModelswapError
 from modelswap.runtimes.base import Report
 from modelswap.runtimes.docker import api, registry
 
+_ROOT: Final = ("", "0", "root")
 _FULL: Final = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
 # What registries and Docker 20.10 to 29 say; statuses differ, and inside a stream there are none.
 _ABSENT: Final = re.compile(
@@ -30,11 +31,20 @@ _PULL: Final = aiohttp.ClientTimeout(total=None, sock_read=600)
 
 
 class Image(msgspec.Struct, frozen=True):
-    """An image that is here: its id, what it starts by itself, the TCP ports it says it listens at, in order."""
+    """An image that is here: its id, what it starts by itself, the TCP ports it says it listens at, in order.
+
+    ``user`` is as whom it runs, as the image spells it; empty for root.
+    """
 
     id: str
     entrypoint: tuple[str, ...]
     ports: tuple[int, ...]
+    user: str = ""
+
+    @property
+    def is_root(self) -> bool:
+        """Whether what it starts may write to what belongs to root."""
+        return self.user.partition(":")[0] in _ROOT
 
 
 class ImageUnavailable(ModelswapError):
@@ -63,7 +73,7 @@ async def local_image(docker: aiodocker.Docker, ref: str) -> Image | None:
     config = found.get("Config") or {}
     exposed = (port.split("/") for port in config.get("ExposedPorts") or {})
     ports = sorted(int(number) for number, *kind in exposed if kind in ([], ["tcp"]) and number.isdigit())
-    return Image(found["Id"], tuple(config.get("Entrypoint") or ()), tuple(ports))
+    return Image(found["Id"], tuple(config.get("Entrypoint") or ()), tuple(ports), str(config.get("User") or ""))
 
 
 async def pull(docker: aiodocker.Docker, ref: str, report: Report, env: Mapping[str, str] = os.environ) -> Image:

@@ -13,7 +13,7 @@ from modelswap.devices.amdcards import Nodes
 from modelswap.engines.base import Address, Place, StandbyPlan
 from modelswap.protocol.errors import Code
 from modelswap.runtimes.base import Known, NotPrepared, StartFailed, StartOrder
-from modelswap.runtimes.docker import api, body
+from modelswap.runtimes.docker import api, body, compiled
 from modelswap.runtimes.docker.client import SLOW, START_SECONDS, failure, persistently, says
 from modelswap.runtimes.docker.images import Image, local_image
 from modelswap.runtimes.docker.inspected import Inspected, is_running, labels_of, name_of
@@ -53,6 +53,7 @@ class Maker:
         self._amd = amd
         self._owner = owner
         self._port_of = port_of
+        self._told: set[str] = set()
 
     async def place(self, spec: Model) -> Place:
         """Return where an engine is to listen in its container, and what its image starts; raises `NotPrepared`."""
@@ -89,6 +90,7 @@ class Maker:
         # Reached by its address where we share a network with it.
         published = None if self._around.network else self._ports.take()
         wanted = self._body(order, image, published)
+        self._tell_if_barred(order.spec, image)
         try:
             made = await persistently(
                 lambda: api.call(
@@ -178,6 +180,16 @@ class Maker:
             amd=self._amd,
             owner=self._owner,
         )
+
+    def _tell_if_barred(self, spec: Model, image: Image) -> None:
+        if image.id not in self._told and compiled.barred(spec, image, self._around):
+            self._told.add(image.id)
+            _log.warning(
+                "what this image's engine compiles is lost with its container: our cache is root's, and it isn't root;"
+                f" mount a folder that its user may write at {compiled.PLACE} (volumes)",
+                image=spec.image,
+                user=image.user,
+            )
 
     async def _image(self, spec: Model) -> Image:
         ref = spec.image or ""

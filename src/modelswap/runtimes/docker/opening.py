@@ -12,7 +12,7 @@ import aiodocker
 import structlog
 
 from modelswap.devices.amdcards import Nodes
-from modelswap.protocol.errors import Code
+from modelswap.protocol.errors import Code, ModelswapError
 from modelswap.runtimes.base import StartFailed
 from modelswap.runtimes.docker import api
 from modelswap.runtimes.docker.catalogue import Catalogue
@@ -52,6 +52,7 @@ async def open_runtime(
     patience: float = PATIENCE,
     kill_timeout: float = KILL_SECONDS,
     lock: str = "modelswap",
+    on_lost: Callable[[ModelswapError], None] = lambda _: None,
 ) -> AsyncIterator[DockerRuntime]:
     """Connect to Docker, become its only orchestrator, and host engines there for as long as the context lasts.
 
@@ -60,7 +61,9 @@ async def open_runtime(
     ``port_of`` tells where an engine listens in its container if nobody says otherwise. ``ports`` are the loopback
     ports to publish (by default 10,000 outside the ephemeral range). Docker may be away for ``patience`` seconds, and a
     container survive SIGKILL for ``kill_timeout`` seconds. ``lock`` begins the names of the volumes by which
-    orchestrators of one Docker know of each other (tests have their own).
+    orchestrators of one Docker know of each other (tests have their own). ``on_lost`` is told if another orchestrator
+    has taken over this Docker while we stood still: from then on the runtime raises `owner.OtherOwner` whenever it is
+    to act, and should be left.
 
     Raises `DockerAway`, `owner.OtherOwner`.
     """
@@ -79,7 +82,7 @@ async def open_runtime(
         try:
             around = await persistently(lambda: look_around(docker, config, env), "looking around in it", patience)
             now = await persistently(lambda: _clock(docker), "asking it for the time", patience)
-            await stack.enter_async_context(sole_owner(docker, owner, lock))
+            ownership = await stack.enter_async_context(sole_owner(docker, owner, lock, on_lost))
         except Trouble as error:
             raise failure(error, "to tell where we are") from error
         chores = Chores()
@@ -106,6 +109,7 @@ async def open_runtime(
             starts=starts,
             standbys=standbys,
             chores=chores,
+            ownership=ownership,
         )
         chores.start(watch(docker, now, tracker.take, tracker.reconcile), "Docker's events")
         _log.info(

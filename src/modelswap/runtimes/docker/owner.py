@@ -11,6 +11,8 @@ that is there gets it with the labels of who made it.
   it, which a live owner removes at once (it watches Docker's events, and looks every second while there are none). If
   it is still there after `PATIENCE`, the owner is dead. One with our own state folder is dead for sure, since we hold
   that folder's lock.
+- An owner that stood still for so long that another one took over finds that when it goes on, since its own volume is
+  gone. It must not act any more, so that two never do.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import datetime as dt
 import os
 import socket
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, Final
 
 import aiodocker
@@ -59,16 +61,22 @@ class OtherOwner(ModelswapError):
 
 
 @contextlib.asynccontextmanager
-async def sole_owner(docker: aiodocker.Docker, state_id: str, prefix: str = "modelswap") -> AsyncIterator[None]:
+async def sole_owner(
+    docker: aiodocker.Docker,
+    state_id: str,
+    prefix: str = "modelswap",
+    on_lost: Callable[[OtherOwner], None] = lambda _: None,
+) -> AsyncIterator[Ownership]:
     """Be the only orchestrator of this Docker for as long as the context lasts.
 
-    ``state_id`` is the id of our state folder, whose lock we hold. Raises `OtherOwner` if another one lives, after a
-    moment; if it died without saying so, `PATIENCE` seconds pass before that is sure. Lets through what calls raise.
+    ``state_id`` is the id of our state folder, whose lock we hold. ``on_lost`` is told, once, if another one has taken
+    over meanwhile. Raises `OtherOwner` if another one lives, after a moment; if it died without saying so, `PATIENCE`
+    seconds pass before that is sure. Lets through what calls raise.
     """
-    ownership = _Ownership(docker, state_id, prefix)
+    ownership = Ownership(docker, state_id, prefix, on_lost)
     try:
         await ownership.acquire()
-        yield
+        yield ownership
     finally:
         await ownership.release()
 
@@ -86,8 +94,15 @@ class _Volume(msgspec.Struct, frozen=True):
     to: str = ""
 
 
-class _Ownership:
-    def __init__(self, docker: aiodocker.Docker, state_id: str, prefix: str) -> None:
+class Ownership:
+    """Our part in who rules this Docker; made by `sole_owner`."""
+
+    def __init__(
+        self, docker: aiodocker.Docker, state_id: str, prefix: str, on_lost: Callable[[OtherOwner], None]
+    ) -> None:
+        self.lost: str | None = None
+        """Why we may not act any more."""
+        self._on_lost = on_lost
         self._docker = docker
         self._state_id = state_id
         self._prefix = prefix
@@ -97,6 +112,11 @@ class _Ownership:
         self._tasks: list[asyncio.Task[None]] = []
         self._stirred = asyncio.Event()
         self._hears = False
+
+    def ensure(self) -> None:
+        """Raise `OtherOwner` if another one has taken over."""
+        if self.lost is not None:
+            raise OtherOwner(self.lost)
 
     async def acquire(self) -> None:
         """Return when we are established; raises `OtherOwner`."""
@@ -226,15 +246,18 @@ class _Ownership:
 
     async def _restore(self) -> None:
         """Make our volume again (`docker volume prune` removed it), unless somebody has taken our place."""
-        others = [each for each in await self._owners() if each.token != self._token]
-        if not others and await self._make(self._rank):
-            return
-        _log.error(
-            "another modelswap has taken over this Docker's containers while this one stood still; stop one of them",
-            others=[f"pid {each.pid} on {each.host}, since {each.since}" for each in others],
+        rank = self._rank
+        while not (others := [each for each in await self._owners() if each.token != self._token]):
+            if await self._make(rank):
+                return
+        who = "; ".join(f"pid {each.pid} on {each.host}, since {each.since}" for each in others)
+        self.lost = (
+            "another modelswap has taken over this Docker's containers while this one stood still:"
+            f" {who}. This one ends, and its engines run on; stop one of the two for good"
         )
         self._established = False
         self._rank = 0
+        self._on_lost(OtherOwner(self.lost))
 
     async def _listen(self) -> None:
         """Wake `_answer` at every volume that is made or removed."""

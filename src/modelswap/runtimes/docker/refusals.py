@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import aiodocker
@@ -10,6 +11,8 @@ from modelswap.protocol.errors import Code, ModelswapError
 from modelswap.runtimes.base import NotPrepared, StartFailed
 from modelswap.runtimes.docker.client import failure, says
 
+_DENIED: Final = 403
+_TAG: Final = re.compile(r"<[^<>]*>")
 _PORT: Final = ("port is already allocated", "address already in use", "ports are not available")
 _NO_GPUS: Final = ("could not select device driver", "unresolvable cdi devices", "unknown or invalid runtime name")
 _GPU: Final = ("nvidia-container-cli", "nvidia-container-runtime", "libnvidia-ml")
@@ -31,6 +34,20 @@ def network_has_gone(error: aiodocker.DockerError) -> bool:
 def has_gone(error: aiodocker.DockerError) -> bool:
     """Return whether a start failed because there is no such container (any more)."""
     return error.status == 404 and says(error, "no such container")
+
+
+def denied(error: BaseException) -> str | None:
+    """Return the words with which a call was denied (403) by what stands before Docker; None if it wasn't.
+
+    Docker itself denies nothing: a proxy that lets only some calls through does, or an authorization plugin.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, aiodocker.DockerError) and seen.status == _DENIED:
+            # Of a proxy it is a page.
+            return " ".join(_TAG.sub(" ", str(seen.message)).split())
+        seen = seen.__cause__
+    return None
 
 
 def refused(error: aiodocker.DockerError, name: str) -> ModelswapError:

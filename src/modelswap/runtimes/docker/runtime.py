@@ -21,6 +21,7 @@ from modelswap.runtimes.docker.images import ImageUnavailable, local_image, pull
 from modelswap.runtimes.docker.inspected import is_running
 from modelswap.runtimes.docker.lives import Life, key_of
 from modelswap.runtimes.docker.making import ANYWHERE, Maker
+from modelswap.runtimes.docker.owner import Ownership
 from modelswap.runtimes.docker.reach import Unreached, address_of, started_at
 from modelswap.runtimes.docker.records import LOG_MARGIN, Starts
 from modelswap.runtimes.docker.standbys import Standbys
@@ -35,6 +36,8 @@ _log = structlog.get_logger(__name__)
 
 class DockerRuntime:
     """`Runtime` over containers; made by `opening.open_runtime`.
+
+    Once another orchestrator has taken over this Docker, whatever would change anything there raises `OtherOwner`.
 
     An instance's identity is its container and when Docker started that; the rest is in our records.
     """
@@ -52,6 +55,7 @@ class DockerRuntime:
         starts: Starts,
         standbys: Standbys,
         chores: Chores,
+        ownership: Ownership,
     ) -> None:
         self._docker = docker
         self._around = around
@@ -63,10 +67,12 @@ class DockerRuntime:
         self._starts = starts
         self._standbys = standbys
         self._chores = chores
+        self._ownership = ownership
         tracker.on_unwanted = self._sweep_unwanted
 
     async def configure(self, models: Mapping[str, Known]) -> None:
         """See `Runtime`. Raises `DockerAway`; what can't be done to single containers now is told in the log."""
+        self._ownership.ensure()
         before = self._catalogue.models
         self._catalogue.configure(models)
         try:
@@ -75,6 +81,8 @@ class DockerRuntime:
             if before is not None:
                 self._catalogue.configure(before)  # whoever asked goes on with the config as it was
             raise
+        if before != models:
+            self._standbys.reconsider()
 
     async def _take_in(self, models: Mapping[str, Known]) -> None:
         await self._catalogue.forbid_restarts(self._catalogue.adopted())
@@ -126,6 +134,7 @@ class DockerRuntime:
 
     async def create(self, order: StartOrder) -> None:
         """See `Runtime`."""
+        self._ownership.ensure()
         try:
             await self._starter.create(order)
         except Trouble as error:
@@ -133,6 +142,7 @@ class DockerRuntime:
 
     async def start(self, order: StartOrder) -> Running:
         """See `Runtime`. When cancelled, what was started is killed first: nobody would know of it."""
+        self._ownership.ensure()
         starting = self._chores.start_awaited(self._start(order), f"start {order.instance}")
         try:
             return await asyncio.shield(starting)
@@ -143,7 +153,8 @@ class DockerRuntime:
 
     async def stand_by(self, plans: Sequence[StandbyPlan]) -> None:
         """See `Runtime`."""
-        await self._standbys.keep(plans)
+        # Those that wait are ours to end in any case.
+        await self._standbys.keep(plans if self._ownership.lost is None else ())
 
     def standbys(self) -> list[StandbyState]:
         """See `Runtime`."""
@@ -165,6 +176,7 @@ class DockerRuntime:
 
     async def stop(self, running: Running, grace: float) -> Exit:
         """See `Runtime`. Raises `DockerAway` besides."""
+        self._ownership.ensure()
         life = self._life(running)
         return Exit(None) if life is None else await self._stopper.stop(life, grace)
 
@@ -228,6 +240,7 @@ class DockerRuntime:
 
     async def sweep(self, keep: set[str]) -> list[str]:
         """See `Runtime`; what others started of configured models is not ours."""
+        self._ownership.ensure()
         try:
             strays = [life for life in await self._tracker.ours() if life.running.instance not in keep]
         except Trouble as error:
@@ -246,6 +259,8 @@ class DockerRuntime:
 
     async def rotate(self) -> None:
         """Look whether anything was missed, forget old starts, remove containers that nobody wants any more."""
+        if self._ownership.lost is not None:
+            return
         try:
             async with asyncio.timeout(CALL_SECONDS):
                 await self._tracker.reconcile()
@@ -299,6 +314,8 @@ class DockerRuntime:
         return life if life.running.instance == running.instance else None
 
     def _sweep_unwanted(self, life: Life) -> None:
+        if self._ownership.lost is not None:
+            return
         _log.warning(
             "started by somebody else, but no model is configured like this: killed",
             model=life.running.model,

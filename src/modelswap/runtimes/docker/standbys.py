@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import math
 import tarfile
 import uuid
 from collections.abc import Iterable, Mapping
@@ -29,13 +30,17 @@ from modelswap.runtimes.docker.client import SLOW, START_SECONDS, DockerAway, Tr
 from modelswap.runtimes.docker.inspected import Inspected, is_running
 from modelswap.runtimes.docker.making import Maker
 from modelswap.runtimes.docker.records import Starts
-from modelswap.runtimes.docker.refusals import port_is_taken, refused
+from modelswap.runtimes.docker.refusals import denied, port_is_taken, refused
 
 ANSWER_WITHIN: Final = 10.0
 _RETRY_AFTER: Final = 300.0
 """A standby that could not be made is tried again after this many seconds…"""
 _RETRY_SOON: Final = 10.0
 """…or this many, where something else is missing (its image, Docker)."""
+_REMEDY: Final = (
+    "something before Docker, a socket proxy perhaps, denies a call that they take (403); say standby: false for models"
+    " with an image, or let it through"
+)
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 1.0
 _LOOK_EVERY: Final = 5.0
@@ -73,6 +78,7 @@ class Standbys:
         self._owner = owner
         self._waiting: dict[str, Standby] = {}
         self._failed: dict[str, tuple[float, str]] = {}
+        self._denied = ""
         self._in_use: set[str] = set()
 
     def states(self) -> list[StandbyState]:
@@ -87,6 +93,10 @@ class Standbys:
         wanted = {plan.key: plan for plan in plans if plan.spec is not None}
         for key in [key for key in self._waiting if key not in wanted]:
             await self._end(self._waiting.pop(key))
+        if self._denied:
+            keys = self._failed.keys() | wanted.keys() - self._waiting.keys()
+            self._failed = dict.fromkeys(sorted(keys), (math.inf, self._denied))
+            return
         now = asyncio.get_running_loop().time()
         # One that isn't wanted just now, because somebody waits, is no better for that.
         self._failed = {key: one for key, one in self._failed.items() if key in wanted or now < one[0]}
@@ -95,6 +105,11 @@ class Standbys:
                 self._failed.pop(key, None)
                 standby = self._waiting[key] = Standby(plan, f"modelswap-standby-{uuid.uuid4().hex[:12]}")
                 standby.task = self._chores.start(self._live(standby), standby.name)
+
+    def reconsider(self) -> None:
+        """Try again what could not be made, because the config has changed."""
+        self._denied = ""
+        self._failed.clear()
 
     async def take(self, key: str) -> Standby | None:
         """Return one that is ready, which is the caller's until `release` or `discard`; None if there is none."""
@@ -161,22 +176,29 @@ class Standbys:
             await self._watch(standby)
         except _Ended:
             reason = await self._last_words(standby)
-        except (NotPrepared, DockerAway) as error:
-            retry, reason = _RETRY_SOON, str(error)
-        except ModelswapError as error:
-            reason = str(error)
-        except Trouble as error:
-            reason = str(failure(error, "a container on standby"))
-            if isinstance(error, aiodocker.DockerError) and port_is_taken(error):
-                retry = _RETRY_SOON
+        except (ModelswapError, *Trouble) as error:
+            retry, reason = self._judged(error)
         key = standby.plan.key
         # Its name stays ours until it has gone.
         self._in_use.add(standby.name)
         if self._waiting.get(key) is standby:
             del self._waiting[key]
             self._failed[key] = (asyncio.get_running_loop().time() + retry, reason)
-            _log.warning("no standby; starts are cold", key=key, reason=reason)
+            if not self._denied:
+                _log.warning("no standby; starts are cold", key=key, reason=reason)
         await self._removed(standby)
+
+    def _judged(self, error: BaseException) -> tuple[float, str]:
+        """Return after how many seconds to try again, and why it could not be made."""
+        if (words := denied(error)) is not None:
+            if not self._denied:
+                _log.warning(f"no standbys, all starts are cold: {_REMEDY}", reason=words)
+            self._denied = f"{_REMEDY} ({words})"
+            return math.inf, self._denied
+        if isinstance(error, ModelswapError):
+            return _RETRY_SOON if isinstance(error, NotPrepared | DockerAway) else _RETRY_AFTER, str(error)
+        taken = isinstance(error, aiodocker.DockerError) and port_is_taken(error)
+        return _RETRY_SOON if taken else _RETRY_AFTER, str(failure(error, "a container on standby"))
 
     async def _make(self, standby: Standby) -> None:
         plan = standby.plan
@@ -206,11 +228,14 @@ class Standbys:
         pause = _FIRST_PAUSE
         while True:
             await self._look(standby)
-            # It doesn't listen yet.
-            with contextlib.suppress(*Trouble, ValueError):
+            try:
                 answer = await self.tell(standby, {"ask": "state"})
-                if answer.get("ready"):
-                    break
+            except (*Trouble, ValueError) as error:
+                if denied(error) is not None:
+                    raise
+                answer = {}  # it doesn't listen yet
+            if answer.get("ready"):
+                break
             await asyncio.sleep(pause)
             pause = min(_LONGEST_PAUSE, pause * 2)
         standby.host_bytes = await memory.of_container(self._docker, standby.container)

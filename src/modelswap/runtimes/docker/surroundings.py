@@ -49,7 +49,8 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     ``networks`` are all that we are on.
 
     ``hf_cache`` is the volume or host folder to mount as Hugging Face cache into managed containers, empty if there is
-    none that they could share with us. ``gpus``: this Docker can give GPUs; ``cdi``: it names them the CDI way.
+    none that they could share with us; ``compile_cache`` is the one for what their engines compile, empty if that isn't
+    to be kept. ``gpus``: this Docker can give GPUs; ``cdi``: it names them the CDI way.
     """
 
     container: str = ""
@@ -58,6 +59,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     project: str = ""
     mounts: tuple[Mount, ...] = ()
     hf_cache: str = ""
+    compile_cache: str = ""
     gpus: bool = False
     cdi: bool = False
 
@@ -82,6 +84,7 @@ async def look_around(
         project=project,
         mounts=mounts,
         hf_cache=_hf_cache(config, env, mounts, inside=bool(ours)),
+        compile_cache=_expanded(config.compile_cache or ""),
         gpus=nvidia or cdi,
         # Where Docker has both, what it was set up with first is the surer way.
         cdi=cdi and not nvidia,
@@ -148,7 +151,7 @@ def _gpus(info: Mapping[str, Any]) -> tuple[bool, bool]:
 
 def _hf_cache(config: spec.Docker, env: Mapping[str, str], mounts: Iterable[Mount], *, inside: bool) -> str:
     if config.hf_cache is not None:
-        return os.path.expanduser(config.hf_cache)  # noqa: PTH111 - may be a volume's name
+        return _expanded(config.hf_cache)
     ours = PurePosixPath(os.path.abspath(_hf_home(env)))  # noqa: PTH100 - must not follow links, as Docker doesn't
     if not inside:
         return str(ours)
@@ -161,6 +164,10 @@ def _hf_cache(config: spec.Docker, env: Mapping[str, str], mounts: Iterable[Moun
         return mount.source
     # A volume can only be mounted as a whole (until API 1.45).
     return str(PurePosixPath(mount.source) / below) if mount.source.startswith("/") else ""
+
+
+def _expanded(source: str) -> str:
+    return os.path.expanduser(source)  # noqa: PTH111 - may be a volume's name
 
 
 def _hf_home(env: Mapping[str, str]) -> str:
