@@ -8,10 +8,11 @@ import pytest
 
 from modelswap.engines.base import Address, Engine, Place, StandbyPlan
 from modelswap.engines.registry import engine_for
-from modelswap.orchestrator.standing_by import USUAL_BYTES, affordable, plans
+from modelswap.orchestrator.standing_by import USUAL_BYTES, affordable, host_bytes, plans
 from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.base import StandbyState
 from modelswap.spec.config import Model
+from tests.orchestrator.fakes import World
 
 PROGRAM = ["/venv/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
 
@@ -93,3 +94,22 @@ def test_one_that_failed_is_no_one_that_is_there() -> None:
     """A problem takes no memory."""
     wanted = [StandbyPlan("a", ("python",), Path("x"), {})]
     assert affordable(wanted, [StandbyState(key="a", problem="no vLLM")], 0, quiet=True) == []
+
+
+def test_one_that_is_being_made_is_not_let_go_for_what_it_takes() -> None:
+    """What it will take was granted when it was begun; while it grows, less is free, and it would be made for ever."""
+    wanted = [StandbyPlan("a", ("python",), Path("x"), {})]
+    there = [StandbyState(key="a", pid=1)]
+    assert affordable(wanted, there, 100, quiet=True) == wanted
+    assert affordable(wanted, there, -1, quiet=True) == []
+
+
+async def test_what_one_will_take_counts_from_the_first(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sleepers can't be promised the memory that a standby is about to fill."""
+    states = [
+        StandbyState(key="a", pid=1),
+        StandbyState(key="b", ready=True, pid=2, host_bytes=5),
+        StandbyState(key="c", problem="no vLLM"),
+    ]
+    monkeypatch.setattr(world.runtime, "standbys", lambda: states)
+    assert host_bytes(world.outside) == USUAL_BYTES + 5
