@@ -61,7 +61,7 @@ _FILES: Final = {
             return main()
     """,
     "vllm/server.py": """
-        import atexit, ctypes, json, os, resource, signal, sys, threading, warnings
+        import atexit, ctypes, json, os, resource, signal, socket, sys, threading, warnings
 
         def links():
             found = {}
@@ -147,6 +147,12 @@ _FILES: Final = {
                     os.kill(os.getpid(), signal.SIGSEGV)
                 case "return":
                     return
+                case "fork":
+                    server = socket.create_server(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])))
+                    other = socket.create_server(("127.0.0.1", 0))
+                    child = os.fork()
+                    held = [name for name in links().values() if name.startswith("socket:")]
+                    print("parent" if child else "child", len(held), flush=True)
             signal.pause()
     """,
     "torch/__init__.py": """

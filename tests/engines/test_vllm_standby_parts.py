@@ -197,3 +197,12 @@ def test_an_order_that_is_none_is_refused(order: object) -> None:
     """It is answered with what is wrong, and nothing happens."""
     said, answer = vllm_standby.understood(json.dumps(order).encode(), "1")
     assert said is None and "error" in answer
+
+
+@pytest.mark.parametrize(
+    ("words", "port"),
+    [("--port 1 --port 2", 2), ("--port=3", 3), ("--host a", None), ("--port", None), ("--port {x}", None)],
+)
+def test_the_port_is_read_from_the_command_line(words: str, port: int | None) -> None:
+    """Both ways to write it; the last one counts."""
+    assert vllm_standby.port_of(["python", "-m", "mod", *words.split()]) == port

@@ -31,6 +31,7 @@ class Bench:
         self.host = host
         self.folder = folder
         self.script = str(fake_vllm.write_to(folder))
+        self.address = Address("127.0.0.1", 0)
 
     def model(self, program: list[str], *args: str, **env: str) -> Model:
         """Return a model that ``program`` serves."""
@@ -38,10 +39,9 @@ class Bench:
         env = {"PYTHONPATH": str(self.folder), **env}
         return Model.model_validate({"engine": "vllm", **fields, "env": env}, strict=False)
 
-    @staticmethod
-    def launch(model: Model) -> Launch:
-        """Return how it is started; nobody listens at that address."""
-        return Vllm().launch("m", model, Address("127.0.0.1", 12))
+    def launch(self, model: Model) -> Launch:
+        """Return how it is started."""
+        return Vllm().launch("m", model, self.address)
 
     def plan(self, model: Model) -> StandbyPlan:
         """Return how one waits for it."""
@@ -66,7 +66,7 @@ class Bench:
         standby = self.plan(model) if mechanism == "standby" else None
         if standby is not None:
             assert (await self.settled(model)).ready
-        order = self.host.order(self.launch(model), Address("127.0.0.1", 12))
+        order = self.host.order(self.launch(model), self.address)
         running = await self.host.process_runtime.start(msgspec.structs.replace(order, standby=standby))
         assert running.mechanism == mechanism
         return running
@@ -81,7 +81,9 @@ class Bench:
 @pytest.fixture
 async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     async with process_host("procfs", tmp_path / "state") as host:
-        yield Bench(host, tmp_path)
+        made = Bench(host, tmp_path)
+        made.address = await host.allocate()
+        yield made
         await host.process_runtime.stand_by([])
 
 
@@ -171,10 +173,18 @@ async def test_another_vllm_costs_a_cold_start(bench: Bench) -> None:
     waits = await bench.settled(model)
     changed = bench.folder / "vllm" / "platforms" / "__init__.py"
     changed.write_text(changed.read_text() + "\n")
-    order = bench.host.order(bench.launch(model), Address("127.0.0.1", 12))
+    order = bench.host.order(bench.launch(model), bench.address)
     with structlog.testing.capture_logs() as logs:
         running = await bench.host.process_runtime.start(msgspec.structs.replace(order, standby=bench.plan(model)))
     assert running.mechanism == "cold"
     assert [f"{changed} has been replaced since it was imported" in str(one.get("reason")) for one in logs] == [True]
     assert not psutil.pid_exists(waits.pid)
+    await bench.host.process_runtime.stop(running, 20.0)
+
+
+async def test_a_forked_process_does_not_hold_the_servers_port(bench: Bench) -> None:
+    """As one that is not forked wouldn't: if the server dies before it, nobody connects in vain. Other sockets stay."""
+    running = await bench.start(bench.model(MODULE, FAKE_END="fork"), "standby")
+    assert await bench.host.says(running, "parent") == ["2"]
+    assert await bench.host.says(running, "child") == ["1"]
     await bench.host.process_runtime.stop(running, 20.0)

@@ -43,6 +43,7 @@ import shlex
 import shutil
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import time
@@ -492,6 +493,8 @@ def become(order: dict[str, Any], began: Mapping[str, str]) -> None:
     if order.get("cwd"):
         os.chdir(order["cwd"])
     argv = unwrapped(order["argv"])
+    if (port := port_of(argv)) is not None:
+        os.register_at_fork(after_in_child=lambda: let_go(port))
     if argv[1] == "-m":
         be_called(["-m", *argv[2:]])
         if not isolated():
@@ -512,6 +515,32 @@ def become(order: dict[str, Any], began: Mapping[str, str]) -> None:
     from vllm.entrypoints.cli.main import main
 
     sys.exit(main())
+
+
+def port_of(argv: list[str]) -> int | None:
+    """Return the port that a command line tells the server to listen on; the last one counts."""
+    said = [argv[at + 1] for at, word in enumerate(argv[:-1]) if word == "--port"]
+    said += [word.removeprefix("--port=") for word in argv if word.startswith("--port=")]
+    return int(said[-1]) if said and said[-1].isdecimal() else None
+
+
+def let_go(port: int) -> None:
+    """Let go of the sockets at a port of ours; for forked processes, as new ones wouldn't have them.
+
+    The server binds its port before it starts the others. If one of them outlived it with that, whoever connects would
+    wait for an answer instead of being refused.
+    """
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError, IndexError):
+            number = int(name)
+            if not stat.S_ISSOCK(os.fstat(number).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(number)) as copy:
+                bound = copy.getsockname()
+            if isinstance(bound, tuple) and bound[1] == port:
+                os.dup2(nothing, number)  # some object still owns the number, and may close it
+    os.close(nothing)
 
 
 def isolated() -> bool:
