@@ -206,3 +206,13 @@ def test_an_order_that_is_none_is_refused(order: object) -> None:
 def test_the_port_is_read_from_the_command_line(words: str, port: int | None) -> None:
     """Both ways to write it; the last one counts."""
     assert vllm_standby.port_of(["python", "-m", "mod", *words.split()]) == port
+
+
+def test_a_forked_process_marks_its_lines_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What its parent did to its outputs to write its own name before each line is undone."""
+    with (tmp_path / "log").open("w+") as out, (tmp_path / "other").open("w") as other:
+        vars(out)["write"] = lambda text: other.write(f"(APIServer) {text}")
+        monkeypatch.setattr(sys, "stdout", out)
+        vllm_standby.write_plainly()
+        print("hello", flush=True)  # noqa: T201 - that is what is tested
+    assert (tmp_path / "log").read_text() == "hello\n"

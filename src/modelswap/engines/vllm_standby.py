@@ -291,7 +291,8 @@ def fork_processes(told: str | None) -> tuple[object, object] | None:
 def write_plainly() -> None:
     """Undo what a parent process did to write its name before each line."""
     for file in (sys.stdout, sys.stderr):
-        getattr(file, "__dict__", {}).pop("write", None)
+        for name in ("write", "_original_write", "start_new_line"):
+            getattr(file, "__dict__", {}).pop(name, None)
 
 
 def replace_everywhere(name: str, original: object, ours: object) -> None:
