@@ -213,6 +213,16 @@ def test_a_forked_process_marks_its_lines_itself(monkeypatch: pytest.MonkeyPatch
     with (tmp_path / "log").open("w+") as out, (tmp_path / "other").open("w") as other:
         vars(out)["write"] = lambda text: other.write(f"(APIServer) {text}")
         monkeypatch.setattr(sys, "stdout", out)
-        vllm_standby.write_plainly()
+        vllm_standby.begin_anew()
         print("hello", flush=True)  # noqa: T201 - that is what is tested
     assert (tmp_path / "log").read_text() == "hello\n"
+
+
+def test_forked_processes_draw_other_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As processes do that import numpy themselves, unless vLLM seeds them."""
+    seeds: list[tuple[object, ...]] = []
+    numpy = types.ModuleType("numpy")
+    vars(numpy)["random"] = types.SimpleNamespace(seed=lambda *given: seeds.append(given))
+    monkeypatch.setitem(sys.modules, "numpy", numpy)
+    vllm_standby.begin_anew()
+    assert seeds == [()]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from modelswap.engines.base import Address, Engine, Place, StandbyPlan
 from modelswap.engines.registry import engine_for
-from modelswap.orchestrator.standing_by import USUAL_BYTES, affordable, host_bytes, plans
+from modelswap.orchestrator.standing_by import UNKNOWN_PYTHON, USUAL_BYTES, affordable, host_bytes, plans
 from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.base import StandbyState
 from modelswap.spec.config import Model
@@ -64,6 +65,17 @@ async def test_whom_it_would_not_help_has_none() -> None:
         "e": vllm(image="missing"),
     }
     assert await planned(**others) == []
+
+
+async def test_a_command_that_hides_its_python_is_told_once() -> None:
+    """Who looks for the reason of cold starts finds it in the log."""
+    models = {"a": vllm(program=["/start.sh"]), "b": vllm(), "c": vllm(program=["/start.sh"], standby=False)}
+    engines: dict[str, Engine] = {name: engine_for(model.engine) for name, model in models.items()}
+    told: set[str] = set()
+    with capture_logs() as logs:
+        for _ in range(2):
+            assert len(await plans(models, engines, Images(), told)) == 1
+    assert [(one["model"], one["reason"]) for one in logs] == [("a", UNKNOWN_PYTHON)]
 
 
 async def test_a_container_waits_like_its_model() -> None:

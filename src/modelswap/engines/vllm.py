@@ -90,11 +90,12 @@ class Vllm:
         if not python:
             return None
         env = {name: value for name, value in launch.env.items() if name != _KEY}
-        spelled = json.dumps([python, program, sorted(env.items()), _container(model) if inside else None])
+        cwd = None if inside else _matters(launch, python)
+        spelled = json.dumps([python, program, sorted(env.items()), cwd, _container(model) if inside else None])
         key = f"vllm-{hashlib.sha256(spelled.encode()).hexdigest()[:12]}"
         script = [vllm_standby.PROGRAM + program] if program else []
         hints = (*script, *(() if inside else _architectures(model)))
-        return StandbyPlan(key, python, Path(vllm_standby.__file__), env, hints, model if inside else None)
+        return StandbyPlan(key, python, Path(vllm_standby.__file__), env, hints, model if inside else None, cwd)
 
     def port(self) -> int:
         """Return vLLM's default, 8000."""
@@ -205,6 +206,13 @@ def _image_interpreter(launch: Launch) -> tuple[tuple[str, ...], str]:
         return (), ""
     *wrapper, program = launch.argv[: launch.argv.index("serve")]
     return (*wrapper, "python3"), program
+
+
+def _matters(launch: Launch, python: Sequence[str]) -> str | None:
+    """Return the working folder if the Python or what it imports is found from there."""
+    found_from = [python[0] if os.sep in python[0] else os.sep]
+    found_from += (launch.env.get("PYTHONPATH") or os.environ.get("PYTHONPATH") or os.sep).split(os.pathsep)
+    return None if all(Path(path).is_absolute() for path in found_from) else launch.cwd
 
 
 def _container(model: Model) -> list[object]:

@@ -283,16 +283,20 @@ def fork_processes(told: str | None) -> tuple[object, object] | None:
         return multiprocessing.get_context(os.environ[METHOD])
 
     utils.get_mp_context = context
-    # Older versions have their processes mark each line of the log; one that isn't forked begins without its parent's.
-    os.register_at_fork(after_in_child=write_plainly)
+    os.register_at_fork(after_in_child=begin_anew)
     return original, context
 
 
-def write_plainly() -> None:
-    """Undo what a parent process did to write its name before each line."""
+def begin_anew() -> None:
+    """Undo in a forked process what a new one wouldn't have from its parent."""
+    # Older versions write their process's name before each line by wrapping these.
     for file in (sys.stdout, sys.stderr):
         for name in ("write", "_original_write", "start_new_line"):
             getattr(file, "__dict__", {}).pop(name, None)
+    # Python's own generator does this by itself.
+    generator = getattr(sys.modules.get("numpy"), "random", None)
+    if generator is not None:
+        generator.seed()
 
 
 def replace_everywhere(name: str, original: object, ours: object) -> None:

@@ -25,6 +25,8 @@ USUAL_BYTES: Final = 700 << 20
 """Host memory that a standby is expected to take until it is measured (vLLM 0.32: 0.43 GiB when ready)."""
 PLAN_EVERY: Final = 60.0
 """How often it is looked anew what standbys there could be, in seconds: an image may have come."""
+CAN_STAND_BY: Final = frozenset({"vllm"})
+UNKNOWN_PYTHON: Final = "its command doesn't say which Python runs vLLM; `standby: false` if that is all right"
 _SOMEWHERE: Final = Place(Address("127.0.0.1", 1))
 
 _log = structlog.get_logger(__name__)
@@ -38,12 +40,15 @@ class Places(Protocol):
         ...
 
 
-async def plans(models: Mapping[str, Model], engines: Mapping[str, Engine], places: Places) -> list[StandbyPlan]:
+async def plans(
+    models: Mapping[str, Model], engines: Mapping[str, Engine], places: Places, told: set[str] | None = None
+) -> list[StandbyPlan]:
     """Return one plan for each interpreter and environment that models are started in.
 
     The hints of models that share a plan are put together. With a single model there is nothing to swap, so nothing to
-    wait for.
+    wait for. Models for which there is no way are logged, and put into ``told``, unless they are there.
     """
+    told = set() if told is None else told
     found: dict[str, StandbyPlan] = {}
     if sum(model.device == "gpu" for model in models.values()) < 2:
         return []
@@ -57,6 +62,9 @@ async def plans(models: Mapping[str, Model], engines: Mapping[str, Engine], plac
         except ModelswapError:
             continue  # its start will say why
         if plan is None:
+            if model.engine in CAN_STAND_BY and name not in told:
+                told.add(name)
+                _log.warning("no standby; starts are cold", model=name, reason=UNKNOWN_PYTHON)
             continue
         known = found.get(plan.key)
         hints = dict.fromkeys((*(known.hints if known else ()), *plan.hints))
@@ -99,6 +107,7 @@ async def keep_standing_by(service: Asked) -> None:
     runtime = service.outside.runtime
     configured: Configured | None = None
     wanted: list[StandbyPlan] = []
+    told: set[str] = set()
     busy_at = planned_at = loop.time()
     short = False
     while True:
@@ -107,8 +116,9 @@ async def keep_standing_by(service: Asked) -> None:
         if busy(service):
             busy_at = now
         if service.configured is not configured or now - planned_at > PLAN_EVERY:
+            told = told if service.configured is configured else set()
             configured, planned_at = service.configured, now
-            wanted = await plans(configured.config.models, configured.engines, runtime)
+            wanted = await plans(configured.config.models, configured.engines, runtime, told)
         there = runtime.standbys()
         if not wanted and not there:
             continue

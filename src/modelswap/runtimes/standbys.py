@@ -148,7 +148,7 @@ class Standbys:
         id_ = f"{PREFIX}{uuid.uuid4().hex[:12]}"
         ids = Ids(id_, "", plan.key, Address("127.0.0.1", 0), self._state)
         socket = self._folder / f"{id_}.sock"
-        launch = Launch((*plan.python, str(plan.script), "wait", str(socket), *plan.hints, _TITLE), plan.env)
+        launch = Launch((*plan.python, str(plan.script), "wait", str(socket), *plan.hints, _TITLE), plan.env, plan.cwd)
         env = spawn.environment(launch, ids.variables())
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
