@@ -110,7 +110,7 @@ class Background(importlib.abc.MetaPathFinder):
         self.patience = patience
         self.burst = burst
         self.usual = os.getpriority(os.PRIO_PROCESS, 0)
-        self.lowered = False
+        self.lowered = self.stuck = False
         self.group: int | None = None
         self.began = self.rested = 0.0
 
@@ -128,13 +128,13 @@ class Background(importlib.abc.MetaPathFinder):
         self.rise()
         for thread in threads():
             io_priority(thread, IO_USUAL)
-        if any(priority(thread) not in (self.usual, None) for thread in threads()):
+        if self.stuck or any(priority(thread) not in (self.usual, None) for thread in threads()):
             raise Unfit("its priority can't be made what it was")
 
     def rise(self) -> None:
         """Go back to the usual priority, with all threads that imports have started."""
         if self.group is not None:
-            group_priority(self.group)
+            self.stuck = group_priority(self.group) is None
             self.group = None
         if self.lowered:
             self.lowered = False
