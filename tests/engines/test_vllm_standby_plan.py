@@ -68,6 +68,31 @@ def test_models_that_differ_in_their_command_alone_share_one() -> None:
 
 
 @pytest.mark.parametrize(
+    ("program", "env", "apart"),
+    [
+        (["/venv/bin/python"], {}, False),
+        (["python"], {"PYTHONPATH": "/lib"}, False),
+        (["venv/bin/python"], {}, True),
+        (["python"], {"PYTHONPATH": "/lib:src"}, True),
+    ],
+)
+def test_a_folder_makes_a_difference_where_something_is_found_from_it(
+    monkeypatch: pytest.MonkeyPatch, program: list[str], env: dict[str, str], apart: bool
+) -> None:
+    """One waits where its Python, or what that imports, is looked for; else models of all folders share one."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    plans = []
+    for folder in ("/one", "/two"):
+        words = [*program, "-m", "vllm.entrypoints.openai.api_server"]
+        fields = {"engine": "vllm", "model": "org/one", "program": words, "env": env, "cwd": folder}
+        model = Model.model_validate(fields, strict=False)
+        plans.append(Vllm().standby(model, Vllm().launch("m", model, Address("127.0.0.1", 8000))))
+    assert plans[0] is not None and plans[1] is not None
+    assert (plans[0].key != plans[1].key) is apart
+    assert [plan.cwd for plan in plans if plan is not None] == (["/one", "/two"] if apart else [None, None])
+
+
+@pytest.mark.parametrize(
     ("argv", "left"),
     [
         (["vllm", "serve", "-m"], ["vllm", "serve", "-m"]),

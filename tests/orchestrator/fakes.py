@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 
 from modelswap.core import events
 from modelswap.devices.base import Holder, Reading
@@ -244,7 +245,10 @@ class FakeRuntime:
         if self.start_error is not None:
             raise self.start_error
         self.orders.append(order)
-        return self.spawn(order.instance, order.model, order.definition, order.address)
+        started = self.spawn(order.instance, order.model, order.definition, order.address)
+        if order.standby is not None:
+            started = self.living[order.instance] = msgspec.structs.replace(started, mechanism="standby")
+        return started
 
     def spawn(
         self, instance: str, model: str, definition: str, address: Address | None = None, container: str = ""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import aiohttp
 import pytest
+from structlog.testing import capture_logs
 
 from modelswap.core import events
-from modelswap.engines.base import CanaryFailed, Diagnosis, Place, Readiness
+from modelswap.engines.base import CanaryFailed, Diagnosis, Place, Readiness, StandbyPlan
 from modelswap.orchestrator.bringing_in import bring_in
 from modelswap.orchestrator.hosting import FAST_PAUSE, FIRST_PAUSE, SLOW_PAUSE, pause
 from modelswap.orchestrator.tasks import cancel
@@ -394,3 +396,46 @@ def test_pauses_grow_from_two_milliseconds_to_a_quarter_second() -> None:
     assert pause(0.3) == pytest.approx(0.009)
     assert pause(5.0) == FAST_PAUSE == 0.05
     assert pause(60.0) == SLOW_PAUSE == 0.25
+
+
+async def start_of(world: World, number: int, *, dies: int | None = None) -> tuple[StandbyPlan | None, str]:
+    """Start the model for the ``number``th time; returns the plan in its order, and `BringInFailed`'s or no words."""
+    world.engine.said = Readiness(ready=dies is None)
+    hosted = world.host(instance=f"a.1.{number}")
+    job = asyncio.create_task(bring_in(world.outside, hosted, adopted=False))
+    if dies is not None:
+        await until(lambda: hosted.instance in world.runtime.living)
+        world.runtime.die(hosted.instance, dies)
+    await job
+    failed = world.of(events.BringInFailed)
+    world.events.clear()
+    return world.runtime.orders[-1].standby, ("forgiven" if failed[0].blameless else "blamed") if failed else ""
+
+
+async def test_a_start_from_a_standby_that_fails_is_followed_by_a_cold_one(world: World) -> None:
+    """For the same waiters, with the reason in the log; whose fault it was shows then."""
+    plan = world.engine.standby_plan = StandbyPlan("k", ("python",), Path("wait.py"), {})
+    with capture_logs() as logs:
+        assert await start_of(world, 1, dies=1) == (plan, "forgiven")
+    assert [one["reason"] for one in logs if one["event"] == "cold start instead"] == [
+        "the standby became the server, but a failed to start: it ran out of luck; give it more"
+    ]
+    assert await start_of(world, 2, dies=1) == (None, "blamed")
+    assert await start_of(world, 3) == (plan, "")
+    world.engine.diagnosis = Diagnosis("no such file", permanent=True)
+    assert await start_of(world, 4, dies=1) == (plan, "blamed")
+
+
+async def test_standbys_that_fail_again_and_again_are_not_used_any_more(world: World) -> None:
+    """Three times in a row where a cold start then succeeds: the model's starts are cold until it is calibrated."""
+    plan = world.engine.standby_plan = StandbyPlan("k", ("python",), Path("wait.py"), {})
+    for number in range(1, 9, 2):
+        if number == 3:  # one that succeeds between them begins the count anew
+            assert await start_of(world, 30) == (plan, "")
+        assert await start_of(world, number, dies=1) == (plan, "forgiven")
+        assert await start_of(world, number + 1) == (None, "")
+    assert await start_of(world, 10) == (None, "")
+    known = world.outside.measurements.of("a", "digest", "standby")
+    assert known.ok is False and "ran out of luck" in known.reason
+    world.outside.measurements.forget("a")
+    assert await start_of(world, 11) == (plan, "")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from modelswap.core.snapshot import Snapshot, SwapView
 from modelswap.core.swap import Phase
@@ -16,11 +17,12 @@ from modelswap.engines.registry import engine_for
 from modelswap.orchestrator import sleepers, standing_by
 from modelswap.orchestrator.facts import Configured
 from modelswap.orchestrator.preparing import NoWeights, Weights
-from modelswap.orchestrator.standing_by import USUAL_BYTES, affordable, moving, plans
+from modelswap.orchestrator.standing_by import UNKNOWN_PYTHON, USUAL_BYTES, affordable, host_bytes, moving, plans
 from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.base import StandbyState
 from modelswap.spec.config import Config, Model
 from modelswap.testing.waiting import until
+from tests.orchestrator.fakes import World
 
 PROGRAM = ["/venv/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
 
@@ -90,6 +92,17 @@ async def test_whom_it_would_not_help_has_none() -> None:
     assert await planned(**others) == []
 
 
+async def test_a_command_that_hides_its_python_is_told_once() -> None:
+    """Who looks for the reason of cold starts finds it in the log."""
+    models = {"a": vllm(program=["/start.sh"]), "b": vllm(), "c": vllm(program=["/start.sh"], standby=False)}
+    engines: dict[str, Engine] = {name: engine_for(model.engine) for name, model in models.items()}
+    told: set[str] = set()
+    with capture_logs() as logs:
+        for _ in range(2):
+            assert len(await plans(models, engines, Images(), NoWeights(), told)) == 1
+    assert [(one["model"], one["reason"]) for one in logs] == [("a", UNKNOWN_PYTHON)]
+
+
 async def test_a_container_waits_like_its_model() -> None:
     """The plan of a managed model tells what container it is to wait in."""
     model = vllm(image="vllm/vllm-openai:v1")
@@ -107,7 +120,7 @@ async def test_it_imports_what_its_models_are_made_of(tmp_path: Path) -> None:
         (seen[name] / "config.json").write_text(text)
     models = {name: vllm(image="img", model=f"org/{name}") for name in "abcd"}
     [plan] = await planned(Seen(seen), **models)
-    assert plan.hints == ("One", "Two")
+    assert [hint for hint in plan.hints if not hint.startswith("--")] == ["One", "Two"]
     [plan] = await planned(**models)
     assert plan.hints == ()
     [plan] = await planned(Seen(seen), a=vllm(), b=vllm())
@@ -198,3 +211,22 @@ def test_one_that_failed_is_no_one_that_is_there() -> None:
     """A problem takes no memory."""
     wanted = [StandbyPlan("a", ("python",), Path("x"), {})]
     assert affordable(wanted, [StandbyState(key="a", problem="no vLLM")], 0, quiet=True) == []
+
+
+def test_one_that_is_being_made_is_not_let_go_for_what_it_takes() -> None:
+    """What it will take was granted when it was begun; while it grows, less is free, and it would be made for ever."""
+    wanted = [StandbyPlan("a", ("python",), Path("x"), {})]
+    there = [StandbyState(key="a", pid=1)]
+    assert affordable(wanted, there, 100, quiet=True) == wanted
+    assert affordable(wanted, there, -1, quiet=True) == []
+
+
+async def test_what_one_will_take_counts_from_the_first(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sleepers can't be promised the memory that a standby is about to fill."""
+    states = [
+        StandbyState(key="a", pid=1),
+        StandbyState(key="b", ready=True, pid=2, host_bytes=5),
+        StandbyState(key="c", problem="no vLLM"),
+    ]
+    monkeypatch.setattr(world.runtime, "standbys", lambda: states)
+    assert host_bytes(world.outside) == USUAL_BYTES + 5

@@ -16,7 +16,7 @@ import pytest
 from modelswap.engines.base import Launch, StandbyPlan
 from modelswap.runtimes.base import Exit, Running, StandbyState
 from modelswap.runtimes.process import ProcessRuntime
-from tests.runtimes.conftest import ENGINE, Host
+from tests.runtimes.conftest import ENGINE, Host, process_host
 
 WAITER = """
 import json, os, socket, sys, time
@@ -24,6 +24,10 @@ path = sys.argv[2]
 mode = os.environ.get("MODE", "")
 if mode == "unfit":
     sys.exit("standby: this vLLM has no such thing")
+if mode == "hang":
+    print("standby: about to import", file=sys.stderr, flush=True)
+    time.sleep(1000)
+eaten = b"." * (50 << 20 if mode == "eat" else 0)
 os.chdir(os.path.dirname(path))
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(os.path.basename(path))
@@ -46,7 +50,8 @@ while True:
             time.sleep(0.01)
     connection.sendall(b'{"taken": true}\\n')
     break
-os.environ.clear()
+for name in said["unset"]:
+    del os.environ[name]
 os.environ.update(said["env"])
 log = os.open(said["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 os.dup2(log, 1)
@@ -226,3 +231,37 @@ async def test_a_standbys_memory_is_counted(bench: Bench) -> None:
     """The host memory that it alone takes is told while it waits."""
     state = await bench.waiting()
     assert state.host_bytes > 1 << 20
+
+
+async def test_the_memory_of_a_wrapped_one_is_counted(bench: Bench) -> None:
+    """Where something else starts the process that waits, its memory is what counts."""
+    wrapper = bench.script.with_name("wrapper.py")
+    wrapper.write_text("import subprocess, sys\nsys.exit(subprocess.call(sys.argv[1:]))")
+    plan = bench.plan("eat")
+    python = (sys.executable, "-S", "-E")
+    await bench.runtime.stand_by([msgspec.structs.replace(plan, python=(*python, str(wrapper), *python))])
+
+    async def ready() -> bool:
+        state = bench.state()
+        return state is not None and state.ready
+
+    await bench.host.until(ready)
+    state = bench.state()
+    assert state is not None and state.host_bytes > 50 << 20
+
+
+async def test_one_that_hangs_is_given_up(tmp_path: Path) -> None:
+    """One that isn't ready within its time is ended, with its last line as the reason, so that it can be made anew."""
+    async with process_host("procfs", tmp_path / "state") as host:
+        bench = Bench(host, tmp_path)
+        runtime = ProcessRuntime(tmp_path / "state", 64 * 1024, standby_within=0.5)
+        await runtime.stand_by([bench.plan("hang")])
+        [state] = runtime.standbys()
+
+        async def given_up() -> bool:
+            return bool(runtime.standbys()[0].problem)
+
+        await host.until(given_up)
+        [problem] = [one.problem for one in runtime.standbys()]
+        assert problem.startswith("it was not ready within 0.5 s")
+        assert not psutil.pid_exists(state.pid)

@@ -49,8 +49,9 @@ class StandbyPlan(msgspec.Struct, frozen=True):
 
     ``python`` is the command of the interpreter that the engine runs in, ``script`` the one file that waits
     (`modelswap.engines.vllm_standby` tells how it is spoken to), ``hints`` what it may import beyond what all models
-    need. Plans with the same ``key`` serve each other's models: it stands for interpreter and environment. With a
-    ``spec`` it waits in a container like this model's, and ``key`` stands for all of that, too.
+    need. Plans with the same ``key`` serve each other's models: it stands for interpreter and environment, and for the
+    folder ``cwd`` where that makes a difference. With a ``spec`` it waits in a container like this model's, and ``key``
+    stands for all of that, too.
     """
 
     key: str
@@ -59,6 +60,7 @@ class StandbyPlan(msgspec.Struct, frozen=True):
     env: dict[str, str]
     hints: tuple[str, ...] = ()
     spec: Model | None = None
+    cwd: str | None = None
 
 
 class Readiness(msgspec.Struct, frozen=True):

@@ -21,7 +21,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -88,14 +87,16 @@ class Vllm:
         its command alone says.
         """
         inside = model.runtime == "managed"
-        python = _image_interpreter(launch) if inside else _interpreter(launch)
-        if python is None:
+        python, program = _image_interpreter(launch) if inside else _interpreter(launch)
+        if not python:
             return None
         env = {name: value for name, value in launch.env.items() if name != _KEY}
-        spelled = json.dumps([python, sorted(env.items()), _container(model) if inside else None])
+        cwd = None if inside else _matters(launch, python)
+        spelled = json.dumps([python, program, sorted(env.items()), cwd, _container(model) if inside else None])
         key = f"vllm-{hashlib.sha256(spelled.encode()).hexdigest()[:12]}"
-        hints = _architectures(weights or (None if inside else _own_folder(model)))
-        return StandbyPlan(key, python, Path(vllm_standby.__file__), env, hints, model if inside else None)
+        script = [vllm_standby.PROGRAM + program] if program else []
+        hints = (*script, *_architectures(weights or (None if inside else _own_folder(model))))
+        return StandbyPlan(key, python, Path(vllm_standby.__file__), env, hints, model if inside else None, cwd)
 
     def caches(self) -> tuple[Cache, ...]:
         """Return its own, and those of the libraries that it compiles with."""
@@ -185,33 +186,38 @@ class Vllm:
         return vllm_causes.diagnose(exit_code, log)
 
 
-def _interpreter(launch: Launch) -> tuple[str, ...] | None:
-    """Return the command of the Python that ``launch`` runs vLLM in; None if that can't be told."""
+def _interpreter(launch: Launch) -> tuple[tuple[str, ...], str]:
+    """Return the command of the Python that ``launch`` runs vLLM in; empty if that can't be told.
+
+    Where only the place itself knows which one a script runs in, the script is returned, too, and asked there.
+    """
     if "-m" in launch.argv:
         before = launch.argv[: launch.argv.index("-m")]
-        return before if before and launch.argv[len(before) + 1 : len(before) + 2] == (_MODULE,) else None
+        return before if before and launch.argv[len(before) + 1 : len(before) + 2] == (_MODULE,) else (), ""
     if "serve" not in launch.argv:
-        return None
+        return (), ""
     *wrapper, program = launch.argv[: launch.argv.index("serve")]
-    if wrapper:
-        return (*wrapper, "python")  # uv run vllm serve
-    path = shutil.which(program, path=launch.env.get("PATH") or os.environ.get("PATH"))
-    try:
-        with Path(path or program).open("rb") as script:
-            first = script.readline(4096)
-    except OSError:
-        return None
-    words = first[2:].decode(errors="replace").split() if first.startswith(b"#!") else []
-    return tuple(words) if words and Path(words[0]).name.startswith("python") else None
+    if wrapper and os.sep not in program:
+        return (*wrapper, "python"), program  # uv run vllm serve
+    python = vllm_standby.interpreter(program, launch.env.get("PATH") or os.environ.get("PATH"))
+    return (*wrapper, *python) if python else (), ""
 
 
-def _image_interpreter(launch: Launch) -> tuple[str, ...] | None:
-    """Return the command of an image's Python; the one that waits finds the Python of ``vllm`` from there."""
+def _image_interpreter(launch: Launch) -> tuple[tuple[str, ...], str]:
+    """Return the command of an image's Python as `_interpreter` does; only the container can look at its scripts."""
     if "-m" in launch.argv:
         return _interpreter(launch)
     if "serve" not in launch.argv:
-        return None
-    return (*launch.argv[: launch.argv.index("serve") - 1], "python3")
+        return (), ""
+    *wrapper, program = launch.argv[: launch.argv.index("serve")]
+    return (*wrapper, "python3"), program
+
+
+def _matters(launch: Launch, python: Sequence[str]) -> str | None:
+    """Return the working folder if the Python or what it imports is found from there."""
+    found_from = [python[0] if os.sep in python[0] else os.sep]
+    found_from += (launch.env.get("PYTHONPATH") or os.environ.get("PYTHONPATH") or os.sep).split(os.pathsep)
+    return None if all(Path(path).is_absolute() for path in found_from) else launch.cwd
 
 
 def _container(model: Model) -> list[object]:

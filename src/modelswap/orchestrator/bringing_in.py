@@ -15,7 +15,7 @@ from pydantic import ByteSize
 
 from modelswap.core import events
 from modelswap.engines.base import Address, CanaryFailed, Diagnosis, Engine, Launch, Readiness
-from modelswap.orchestrator import sleepers
+from modelswap.orchestrator import sleepers, trust
 from modelswap.orchestrator.endings import exit_code, failed_start
 from modelswap.orchestrator.hooks import run_hooks
 from modelswap.orchestrator.hosting import Hosted, Outside, pause, told
@@ -97,6 +97,7 @@ async def _bring_in(outside: Outside, hosted: Hosted, *, adopted: bool) -> None:
         outside.journal.opened(hosted.instance, slots)
         mechanism = hosted.running.mechanism if hosted.running is not None else "cold"
         if not adopted:
+            trust.start_succeeded(outside, hosted, mechanism)
             await _measured(outside, hosted, mechanism, outside.clock() - began, free)
         address = _address(hosted)
         outside.post(
@@ -173,7 +174,8 @@ async def order_for(
         launch, standby = Launch((), {}), None
     else:
         launch = engine.launch(model, spec, place.address, place.program)
-        standby = engine.standby(spec, launch) if spec.standby else None
+        wanted = spec.standby and trust.trusts_standby(outside, model, definition)
+        standby = engine.standby(spec, launch) if wanted else None
     return StartOrder(
         instance=instance,
         model=model,
@@ -297,6 +299,7 @@ async def _fail(
     if hosted.running is not None:
         await stop_surely(outside, hosted, hosted.running, min(stop_grace(hosted), FAILED_GRACE))
     message = told(diagnosis.reason, await outside.last_lines(hosted) if hosted.running is not None else [])
+    unproven = trust.start_failed(outside, hosted, diagnosis.reason, permanent=diagnosis.permanent)
     outside.hosted.pop(hosted.instance, None)
     if code is None:
         code = Code.MODEL_BROKEN if diagnosis.permanent else Code.MODEL_START_FAILED
@@ -307,7 +310,7 @@ async def _fail(
             code=code,
             message=message,
             permanent=diagnosis.permanent,
-            blameless=diagnosis.blameless,
+            blameless=diagnosis.blameless or unproven,
             unprepared=unprepared,
         )
     )

@@ -114,6 +114,8 @@ class Outside:
     """Bytes that were free on the device when it was last verified with nothing of ours on it."""
     preparing: dict[str, Preparing] = field(default_factory=dict)
     """By model, while it goes on."""
+    suspects: dict[tuple[str, str], str] = field(default_factory=dict)
+    """By model and definition, why its last start from a standby failed; the next one is cold (`trust`)."""
     turning_away: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     """Stops of instances that others have started; no start may begin meanwhile."""
 

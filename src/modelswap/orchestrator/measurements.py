@@ -99,6 +99,8 @@ class Measurements:
         average = Average(before.steady)
         if not first:
             average.add(seconds)
+        if mechanism == STANDBY and before.failures and before.ok is not False:
+            before = msgspec.structs.replace(before, failures=0, reason="")
         self._put(
             before,
             first=seconds if first else before.first,
@@ -117,10 +119,15 @@ class Measurements:
 
     def failed(self, model: str, definition: str, level: int, reason: str) -> None:
         """Note that a sleep or a wake went wrong; after `FAILURES` in a row the level is off."""
-        before = self.of(model, definition, sleeping(level))
+        self.spoilt(model, definition, sleeping(level), reason)
+
+    def spoilt(self, model: str, definition: str, mechanism: str, reason: str) -> bool:
+        """Note that a way went wrong; returns whether it is still used, which it isn't after `FAILURES` in a row."""
+        before = self.of(model, definition, mechanism)
         failures = before.failures + 1
         ok = False if failures >= FAILURES else before.ok
         self._put(before, ok=ok, failures=failures, reason=reason)
+        return ok is not False
 
     def wrong(self, model: str, definition: str, level: int, reason: str) -> None:
         """Note that an instance's answers were wrong after it had woken: the level is off."""

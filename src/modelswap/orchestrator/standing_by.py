@@ -28,6 +28,8 @@ USUAL_BYTES: Final = 700 << 20
 """Host memory that a standby is expected to take until it is measured (vLLM 0.32: 0.43 GiB when ready)."""
 PLAN_EVERY: Final = 60.0
 """How often it is looked anew what standbys there could be, in seconds: an image may have come."""
+CAN_STAND_BY: Final = frozenset({"vllm"})
+UNKNOWN_PYTHON: Final = "its command doesn't say which Python runs vLLM; `standby: false` if that is all right"
 _SOMEWHERE: Final = Place(Address("127.0.0.1", 1))
 
 _log = structlog.get_logger(__name__)
@@ -42,13 +44,19 @@ class Places(Protocol):
 
 
 async def plans(
-    models: Mapping[str, Model], engines: Mapping[str, Engine], places: Places, weights: Weights
+    models: Mapping[str, Model],
+    engines: Mapping[str, Engine],
+    places: Places,
+    weights: Weights,
+    told: set[str] | None = None,
 ) -> list[StandbyPlan]:
     """Return one plan for each interpreter and environment that models are started in.
 
     The hints of models that share a plan are put together, as far as we see what they are loaded from. With a single
-    model there is nothing to swap, so nothing to wait for.
+    model there is nothing to swap, so nothing to wait for. Models for which there is no way are logged, and put into
+    ``told``, unless they are there.
     """
+    told = set() if told is None else told
     found: dict[str, StandbyPlan] = {}
     if not take_turns(models):
         return []
@@ -58,6 +66,9 @@ async def plans(
         except ModelswapError:
             continue  # its start will say why
         if wanted is None:
+            if model.engine in CAN_STAND_BY and wants_one(model) and name not in told:
+                told.add(name)
+                _log.warning("no standby; starts are cold", model=name, reason=UNKNOWN_PYTHON)
             continue
         known = found.get(wanted.key)
         hints = dict.fromkeys((*(known.hints if known else ()), *wanted.hints))
@@ -70,6 +81,11 @@ def take_turns(models: Mapping[str, Model]) -> bool:
     return sum(model.device == "gpu" for model in models.values()) > 1
 
 
+def wants_one(model: Model) -> bool:
+    """Return whether a model is to have a standby; somebody else's container has a command that is fixed."""
+    return model.standby and model.runtime != "adopted"
+
+
 async def plan(
     name: str, model: Model, engine: Engine, places: Places, weights: Weights | None = None
 ) -> StandbyPlan | None:
@@ -79,7 +95,7 @@ async def plan(
 
     Raises `ModelswapError` where it can't be started at all, or not yet (its image isn't here).
     """
-    if not model.standby or model.runtime == "adopted":
+    if not wants_one(model):
         return None
     place = _SOMEWHERE if model.runtime == "process" else await places.allocate(model)
     launch = await asyncio.to_thread(engine.launch, name, model, place.address, place.program)
@@ -95,13 +111,13 @@ def affordable(
     While it isn't ``quiet`` nothing new is made. When memory is short the last are let go first.
     """
     there = {state.key: state for state in states if not state.problem}
-    left = spare + sum(state.host_bytes for state in there.values())
+    left = spare + sum(taken(state) for state in there.values())
     kept = []
     for plan in wanted:
         state = there.get(plan.key)
         if state is None and not quiet:
             continue
-        needed = USUAL_BYTES if state is None or not state.ready else state.host_bytes
+        needed = USUAL_BYTES if state is None else taken(state)
         if needed <= left:
             kept.append(plan)
             left -= needed
@@ -123,6 +139,7 @@ async def keep_standing_by(service: Asked) -> None:
     runtime = service.outside.runtime
     configured: Configured | None = None
     wanted: list[StandbyPlan] = []
+    told: set[str] = set()
     busy_at = planned_at = loop.time()
     short = False
     while True:
@@ -134,8 +151,9 @@ async def keep_standing_by(service: Asked) -> None:
         # Weights may have come meanwhile, which tell what a standby had better import.
         stale = now - planned_at > PLAN_EVERY or (quiet and planned_at < busy_at)
         if service.configured is not configured or stale:
+            told = told if service.configured is configured else set()
             configured, planned_at = service.configured, now
-            wanted = await plans(configured.config.models, configured.engines, runtime, service.weights)
+            wanted = await plans(configured.config.models, configured.engines, runtime, service.weights, told)
         there = runtime.standbys()
         if not wanted and not there:
             continue
@@ -156,5 +174,10 @@ def moving(shown: Snapshot) -> bool:
 
 
 def host_bytes(outside: Outside) -> int:
-    """Return the host memory that all standbys take."""
-    return sum(state.host_bytes for state in outside.runtime.standbys())
+    """Return the host memory that all standbys take, or are about to."""
+    return sum(taken(state) for state in outside.runtime.standbys() if not state.problem)
+
+
+def taken(state: StandbyState) -> int:
+    """Return the host memory that one takes; while it is being made, what it is expected to."""
+    return state.host_bytes if state.ready else max(state.host_bytes, USUAL_BYTES)

@@ -57,8 +57,8 @@ class Chooser:
         reading, known = self._reading(), self._outside.measurements
         if reading is None or not known.reference(name, definition):
             return STOP
-        ways_in = (known.seconds(name, definition, mechanism) for mechanism in (COLD, STANDBY))
-        way_in = min((seconds for seconds in ways_in if seconds is not None), default=None)
+        ways_in = [known.of(name, definition, mechanism) for mechanism in (COLD, STANDBY)]
+        way_in = min((way.steady for way in ways_in if way.steady is not None and way.ok is not False), default=None)
         out = known.seconds(name, definition, STOPPING) or 0.0
         hosted = next((one for one in self._outside.hosted.values() if one.model == name), None)
         ways = [self._way(name, definition, level, hosted) for level in levels]

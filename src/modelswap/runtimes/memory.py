@@ -15,8 +15,12 @@ def proportional(pids: Iterable[int]) -> int:
     return sum(map(_proportional, pids))
 
 
-def private(pid: int) -> int:
-    """Return the bytes that only this process uses; 0 if it has gone."""
+def private(pids: Iterable[int]) -> int:
+    """Return the bytes that each of these processes alone uses, in all; those that have gone use none."""
+    return sum(map(_private, pids))
+
+
+def _private(pid: int) -> int:
     try:
         return int(getattr(psutil.Process(pid).memory_full_info(), "uss", 0))
     except (psutil.Error, OSError):

@@ -34,7 +34,7 @@ from modelswap.runtimes.logfiles import LogFiles
 from modelswap.runtimes.ports import HOST, Ports
 from modelswap.runtimes.processes import Handle, Ids, ProcessTable
 from modelswap.runtimes.records import Records
-from modelswap.runtimes.standbys import PREFIX, Standbys
+from modelswap.runtimes.standbys import PREFIX, READY_WITHIN, Standbys
 from modelswap.spec.config import Model
 
 _KILL_SECONDS: Final = 5.0
@@ -48,7 +48,8 @@ class ProcessRuntime:
 
     ``state_dir`` holds logs and what must outlive us; only instances that carry it are ours. ``log_size`` in bytes
     is where a log is rotated. ``ports`` are those to hand out (by default 10,000 outside the ephemeral range),
-    ``table`` is the system's process table, and ``kill_timeout`` how many seconds a process may survive SIGKILL.
+    ``table`` is the system's process table, ``kill_timeout`` how many seconds a process may survive SIGKILL, and
+    ``standby_within`` how many one may take to be ready to wait.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class ProcessRuntime:
         ports: Iterable[int] | None = None,
         table: ProcessTable | None = None,
         kill_timeout: float = _KILL_SECONDS,
+        standby_within: float = READY_WITHIN,
     ) -> None:
         state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         state_dir = state_dir.resolve()
@@ -74,7 +76,9 @@ class ProcessRuntime:
         self._leftovers: dict[str, list[tuple[int, float]]] = {}
         self._carried: dict[str, str] = {one.carried: one.instance for one in self._records.all() if one.carried}
         """Instances whose processes carry a standby's id, by that."""
-        self._standbys = Standbys(state_dir / "run" / "standby", self._state, self._table, self._logs)
+        self._standbys = Standbys(
+            state_dir / "run" / "standby", self._state, self._table, self._logs, ready_within=standby_within
+        )
 
     async def configure(self, models: Mapping[str, Known]) -> None:
         """See `Runtime`; processes need no knowledge of other models."""

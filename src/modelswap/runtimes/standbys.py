@@ -20,7 +20,7 @@ import msgspec
 import structlog
 
 from modelswap.engines.base import Address, Launch, StandbyPlan
-from modelswap.runtimes import memory, spawn
+from modelswap.runtimes import memory, processes, spawn
 from modelswap.runtimes.base import StandbyState, StartFailed
 from modelswap.runtimes.logfiles import LogFiles
 from modelswap.runtimes.processes import Handle, Ids, ProcessTable
@@ -30,6 +30,10 @@ PREFIX: Final = "standby."
 LOG_NAME: Final = "standby"
 ANSWER_WITHIN: Final = 5.0
 _KILLED_WITHIN: Final = 5.0
+READY_WITHIN: Final = 900.0
+"""A standby that isn't ready after so many seconds hangs; on a busy machine, at its low priority, it takes minutes."""
+_TITLE: Final = " " * 2048
+"""A word that does nothing but make room: a process's title can't be longer than the command that it began with."""
 _RETRY_AFTER: Final = 300.0
 """A standby that could not be made is tried again after this many seconds."""
 
@@ -45,6 +49,8 @@ class Standby:
     pid: int
     born: float
     socket: Path
+    env: dict[str, str]
+    """What it was started with."""
     ready: bool = False
     taken: bool = False
     watch: asyncio.Task[None] | None = None
@@ -55,14 +61,18 @@ class Standby:
 class Standbys:
     """Keeps processes waiting, one per key.
 
-    ``folder`` is for their sockets, ``state`` names our state folder in the ids they carry.
+    ``folder`` is for their sockets, ``state`` names our state folder in the ids they carry, ``ready_within`` says after
+    how many seconds one that isn't ready is given up.
     """
 
-    def __init__(self, folder: Path, state: str, table: ProcessTable, logs: LogFiles) -> None:
+    def __init__(
+        self, folder: Path, state: str, table: ProcessTable, logs: LogFiles, *, ready_within: float = READY_WITHIN
+    ) -> None:
         self._folder = folder
         self._state = state
         self._table = table
         self._logs = logs
+        self._ready_within = ready_within
         self._waiting: dict[str, Standby] = {}
         self._failed: dict[str, tuple[float, str]] = {}
 
@@ -109,7 +119,15 @@ class Standbys:
 
     async def hand_over(self, standby: Standby, launch: Launch, env: dict[str, str], log: Path) -> None:
         """Have it become the engine; raises `StartFailed`, and it is gone then."""
-        order = {"argv": list(launch.argv), "env": env, "cwd": launch.cwd or str(Path.cwd()), "log": str(log)}
+        # Only what is different: what has become of the rest by a wrapper or an import stays, as in a cold start.
+        order = {
+            "argv": list(launch.argv),
+            "env": {name: value for name, value in env.items() if standby.env.get(name) != value},
+            "unset": [name for name in standby.env if name not in env],
+            "add": True,
+            "cwd": launch.cwd or str(Path.cwd()),
+            "log": str(log),
+        }
         try:
             answer = await _say(standby.socket, order)
         except (OSError, TimeoutError, ValueError) as error:
@@ -129,7 +147,8 @@ class Standbys:
         id_ = f"{PREFIX}{uuid.uuid4().hex[:12]}"
         ids = Ids(id_, "", plan.key, Address("127.0.0.1", 0), self._state)
         socket = self._folder / f"{id_}.sock"
-        launch = Launch((*plan.python, str(plan.script), "wait", str(socket), *plan.hints), plan.env)
+        launch = Launch((*plan.python, str(plan.script), "wait", str(socket), *plan.hints, _TITLE), plan.env, plan.cwd)
+        env = spawn.environment(launch, ids.variables())
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             log = self._logs.open(LOG_NAME, id_)
@@ -137,14 +156,14 @@ class Standbys:
             self._give_up(plan, str(error))
             return
         try:
-            pid = spawn.spawn(launch, spawn.environment(launch, ids.variables()), log)
+            pid = spawn.spawn(launch, env, log)
         except StartFailed as error:
             self._give_up(plan, str(error))
             return
         finally:
             os.close(log)
         born = await asyncio.to_thread(self._table.born, pid)
-        standby = self._waiting[plan.key] = Standby(id_, plan, pid, born or 0.0, socket)
+        standby = self._waiting[plan.key] = Standby(id_, plan, pid, born or 0.0, socket, env)
         standby.watch = asyncio.create_task(self._watch(standby), name=id_)
         with contextlib.suppress(OSError):
             self._logs.prune(LOG_NAME, [id_])
@@ -152,15 +171,22 @@ class Standbys:
     async def _watch(self, standby: Standby) -> None:
         """See it become ready, and see it end."""
         handle = self._table.open(standby.pid, standby.born or None)
+        hangs = False
         if handle is not None:
             with contextlib.closing(handle):
-                await self._until_ready(standby, handle)
+                try:
+                    async with asyncio.timeout(self._ready_within):
+                        await self._until_ready(standby, handle)
+                except TimeoutError:
+                    hangs = True
+                    await self._kill(standby, handle)
                 await handle.wait()
         _reap(standby.pid)
         if self._waiting.get(standby.plan.key) is standby:
             del self._waiting[standby.plan.key]
         lines = await asyncio.to_thread(self._logs.tail, LOG_NAME, 1, standby.id)
-        self._give_up(standby.plan, (lines or ["it ended without a word"])[-1])
+        said = (lines or ["it ended without a word"])[-1]
+        self._give_up(standby.plan, f"it was not ready within {self._ready_within:g} s: {said}" if hangs else said)
 
     async def _until_ready(self, standby: Standby, handle: Handle) -> None:
         while not handle.ended():
@@ -168,11 +194,15 @@ class Standbys:
                 answer = await _say(standby.socket, {"ask": "state"})
                 if answer.get("ready"):
                     # It reads the kernel's account of every page: 10 ms and more.
-                    standby.host_bytes = await asyncio.to_thread(memory.private, standby.pid)
+                    standby.host_bytes = await asyncio.to_thread(self._private_bytes, standby.pid)
                     standby.ready = True
                     _log.info("standby ready", key=standby.plan.key, pid=standby.pid, version=answer.get("version"))
                     return
             await asyncio.sleep(0.1)
+
+    def _private_bytes(self, session: int) -> int:
+        """Return what only the processes of a session use: several, if something wraps the engine's program."""
+        return memory.private(processes.sessions(self._table).get(session, []))
 
     def _give_up(self, plan: StandbyPlan, reason: str) -> None:
         self._failed[plan.key] = (asyncio.get_running_loop().time(), reason)
@@ -185,14 +215,17 @@ class Standbys:
         handle = self._table.open(standby.pid, standby.born or None)
         if handle is not None:
             with contextlib.closing(handle):
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(standby.pid, signal.SIGKILL)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_KILLED_WITHIN):
-                        await handle.wait()
+                await self._kill(standby, handle)
         _reap(standby.pid)
         with contextlib.suppress(OSError):
             standby.socket.unlink(missing_ok=True)
+
+    async def _kill(self, standby: Standby, handle: Handle) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(standby.pid, signal.SIGKILL)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_KILLED_WITHIN):
+                await handle.wait()
 
 
 async def _say(socket: Path, message: dict[str, Any]) -> dict[str, Any]:
