@@ -122,7 +122,7 @@ async def test_it_imports_what_its_models_are_made_of(tmp_path: Path) -> None:
     [plan] = await planned(Seen(seen), **models)
     assert [hint for hint in plan.hints if not hint.startswith("--")] == ["One", "Two"]
     [plan] = await planned(**models)
-    assert plan.hints == ()
+    assert plan.hints == ("--program=vllm",)
     [plan] = await planned(Seen(seen), a=vllm(), b=vllm())
     assert plan.hints == ("One", "Two")
 
