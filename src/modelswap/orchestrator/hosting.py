@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import aiohttp
-import psutil
 import structlog
 
 from modelswap.core.events import Event
@@ -89,7 +88,7 @@ class HostMemory:
     budget: Callable[[], int | None] = lambda: None
     """The config's; None: whatever is safe."""
     available: Callable[[], int] = hostmemory.available
-    total: int = field(default_factory=lambda: int(psutil.virtual_memory().total))
+    total: int = field(default_factory=hostmemory.total)
     standbys: Callable[[], int] = lambda: 0
     """What standbys take now."""
 
