@@ -163,6 +163,9 @@ async def rig(
     )
     try:
         async with running(folder / "modelswap.yaml", config, parts) as service, aiohttp.ClientSession() as http:
+            # The sleepers' memory is only simulated: what this machine has to spare is of no concern.
+            service.outside.memory.available = lambda: 8 * CAPACITY
+            service.outside.memory.total = 8 * CAPACITY
             made = Rig(folder, service, ledger, http)
             await made.until(lambda: service.reading is not None, "the device is read")
             yield made
