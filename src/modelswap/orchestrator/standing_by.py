@@ -72,13 +72,13 @@ def affordable(
     While it isn't ``quiet`` nothing new is made. When memory is short the last are let go first.
     """
     there = {state.key: state for state in states if not state.problem}
-    left = spare + sum(state.host_bytes for state in there.values())
+    left = spare + sum(_taken(state) for state in there.values())
     kept = []
     for plan in wanted:
         state = there.get(plan.key)
         if state is None and not quiet:
             continue
-        needed = USUAL_BYTES if state is None or not state.ready else state.host_bytes
+        needed = USUAL_BYTES if state is None else _taken(state)
         if needed <= left:
             kept.append(plan)
             left -= needed
@@ -127,5 +127,9 @@ def busy(service: Asked) -> bool:
 
 
 def host_bytes(outside: Outside) -> int:
-    """Return the host memory that all standbys take."""
-    return sum(state.host_bytes for state in outside.runtime.standbys())
+    """Return the host memory that all standbys take; of one that is being made, what it will."""
+    return sum(_taken(state) for state in outside.runtime.standbys() if not state.problem)
+
+
+def _taken(state: StandbyState) -> int:
+    return state.host_bytes if state.ready else max(state.host_bytes, USUAL_BYTES)
