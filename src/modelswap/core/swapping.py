@@ -349,7 +349,7 @@ def _drain(world: World, device: DeviceRecord, swap: Swap) -> None:
             continue
         depth = sleeping.level(world, swap, victim)
         if depth:
-            sleeping.begin(world, victim, depth)
+            sleeping.begin(world, swap, victim, depth)
         else:
             world.transition(victim, InstanceState.STOPPING, "drained")
             world.emit(effects.PutOut(instance=victim.id, model=victim.model))

@@ -63,8 +63,8 @@ class Hosted:
     """Bytes that it holds on the device while asleep."""
     host_bytes: int = 0
     """Host memory that counts against the budget for it: reserved before its first sleep, and kept until it ends."""
-    rounds: int = 0
-    """How many times it has slept and woken."""
+    levels: set[int] = field(default_factory=set)
+    """The levels that it has slept at and woken from, if only under an earlier orchestrator."""
     given_up: bool = False
     """The scheduler has been asked to stop it in its sleep."""
 

@@ -124,6 +124,12 @@ class Measurements:
         ok = False if failures >= FAILURES else before.ok
         self._put(before, ok=ok, failures=failures, reason=reason)
 
+    def noted(self, model: str, definition: str, level: int, reason: str) -> None:
+        """Note why a level has not been tried."""
+        before = self.of(model, definition, sleeping(level))
+        if before.ok is None and before.reason != reason:
+            self._put(before, reason=reason)
+
     def wrong(self, model: str, definition: str, level: int, reason: str) -> None:
         """Note that an instance's answers were wrong after it had woken: the level is off."""
         self._put(self.of(model, definition, sleeping(level)), ok=False, reason=reason)

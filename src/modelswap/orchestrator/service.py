@@ -245,7 +245,7 @@ class Service:
             asleep=found.asleep,
             residue=(left.residue or 0) if found.asleep else 0,
             host_bytes=(left.host or sleepers.process_bytes(running)) if found.asleep else 0,
-            rounds=1 if found.asleep else 0,
+            levels={found.asleep} if found.asleep else set(),
         )
         self.post(
             events.Adopted(
