@@ -2,7 +2,8 @@
 
 Two cold starts make the reference answer. Then, for each level that the engine allows, a fresh instance sleeps and
 wakes twice. The executors measure and judge, as they do in every swap; here they are only given the occasions: the
-model is asked for as an operator does, and put out again as soon as it is idle.
+model is asked for as an operator does, and put out again as soon as it is idle. What was resident before comes back in
+the end, unless somebody wants something else by then.
 """
 
 from __future__ import annotations
@@ -53,15 +54,27 @@ class Calibrator:
     progress: dict[str, Any] | None = None
     """What is being done now, None if nothing is."""
 
-    async def calibrate(self, model: str) -> list[dict[str, Any]]:
-        """Forget what was measured of ``model`` and measure it anew; returns that as plain data.
+    async def calibrate(self, *models: str) -> list[dict[str, Any]]:
+        """Forget what was measured of ``models`` and measure them anew, in turn; returns that as plain data.
 
-        Raises `ModelswapError` if it can't be made resident, or another calibration goes on. Cancelling it is safe.
+        Raises `ModelswapError` if one can't be made resident, or another calibration goes on. Cancelling it is safe.
         """
-        if self.progress is not None:
-            busy = self.progress["model"]
-            raise ModelswapError(f"{busy} is being calibrated; wait for that", code=Code.BAD_REQUEST)
+        before = next((view.resident for view in self.snapshot().devices if view.resident is not None), None)
+        measured: list[dict[str, Any]] = []
+        try:
+            for model in models:
+                if self.progress is not None:
+                    busy, before = self.progress["model"], None
+                    raise ModelswapError(f"{busy} is being calibrated; wait for that", code=Code.BAD_REQUEST)
+                measured += await self._one(model)
+        finally:
+            if before is not None:
+                self._bring_back(before, models)
+        return measured
+
+    async def _one(self, model: str) -> list[dict[str, Any]]:
         configured = self.configured()
+        self._refuse_pinned(model)
         definition = configured.definitions[model]
         levels = self._levels(model)
         self._tell(model, "begin", 0, COLD_STARTS + len(levels) * (1 + WAKES))
@@ -78,6 +91,20 @@ class Calibrator:
         self.publish("calibrated", model=model, measurements=result)
         _log.info("calibrated", model=model, levels=levels)
         return result
+
+    def _refuse_pinned(self, model: str) -> None:
+        """Raise `ModelswapError`, before anything is forgotten, if an operator has pinned it: it would stay in."""
+        view = next((view for view in self.snapshot().models if view.name == model), None)
+        if view is not None and view.pinned and not self.configured().config.models[model].pin:
+            raise ModelswapError(f"{model} is pinned; release it first", code=Code.MODEL_PINNED)
+
+    def _bring_back(self, model: str, calibrated: tuple[str, ...]) -> None:
+        """Ask for what was resident before, unless another model has the device, or is wanted there."""
+        others = [one for one in self.snapshot().models if one.device is not None and one.name not in calibrated]
+        taken = any(one.state not in _OUT or one.waiting for one in others)
+        if model in self.configured().config.models and not taken:
+            number = self.answers.number()
+            self.outside.post(events.Ensure(at=self.outside.clock(), request=number, model=model))
 
     def _begin(self, model: str) -> None:
         self.outside.measurements.forget(model)
@@ -113,6 +140,7 @@ class Calibrator:
             self._tell(model, f"wake {number + 1} from level {level}", step + 2 + number, steps)
             if await self._ensure(model) != "wake":
                 break
+        self.outside.measurements.settle(model, definition, level)
         self._force(model, 0)
         if await self._out(model) is InstanceState.ASLEEP:
             await self._unload(model)
