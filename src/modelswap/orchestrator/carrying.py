@@ -232,6 +232,7 @@ class Carrier:
             configured.config.models.get(effect.model),
             configured.engines.get(effect.model),
             next((one for one in sleepers if not (one.leaving or one.given_up)), None),
+            current=lambda: self.configured().config.models.get(effect.model),
         )
         self.tasks.start(work, f"verify released {effect.device}")
 
