@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,8 @@ from modelswap.devices.base import Reading
 from modelswap.orchestrator import sleepers, sleeping
 from modelswap.orchestrator.hosting import Hosted, HostMemory
 from modelswap.orchestrator.measurements import sleeping as sleep_at
-from tests.orchestrator.fakes import World
+from modelswap.orchestrator.putting_out import put_out
+from tests.orchestrator.fakes import World, until
 
 GIB = 1 << 30
 TIMEOUT = 5.0
@@ -129,3 +133,29 @@ async def test_what_an_adopted_engine_held_is_learned_to_the_end(world: World) -
     world.device.read = slowly  # type: ignore[method-assign]
     await fall(world, hosted)
     assert hosted.held == 60 * GIB
+
+
+async def test_a_busy_engine_is_stopped_and_its_level_not_blamed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What still runs says nothing about how it sleeps."""
+    monkeypatch.setattr(sleeping, "RUNNING_LIMIT", 0.02)
+    hosted = Machine(world).engine()
+    world.engine.counts = [1] * 1000
+    await fall(world, hosted)
+    assert len(world.of(events.SleepFailed)) == 1 and world.engine.slumber == []
+    assert world.measurements.of("a", "digest", sleep_at(1)).failures == 0
+
+
+async def test_stopped_while_it_falls_asleep(world: World, tmp_path: Path) -> None:
+    """Its unloading began with the hook before it, and ends with the one after it."""
+    out = tmp_path / "said"
+    say = f"import os; open({str(out)!r}, 'a').write(os.environ['MODELSWAP_HOOK'] + ' ')"
+    hooks = {moment: [{"command": [sys.executable, "-S", "-c", say]}] for moment in ("before_unload", "after_unload")}
+    Machine(world)
+    hosted = world.host_running(hooks=hooks)
+    hosted.held = GIB
+    world.engine.sleep_gate.clear()
+    hosted.job = asyncio.create_task(fall(world, hosted))
+    await until(lambda: bool(world.engine.slumber))
+    await put_out(world.outside, hosted.instance, kill=True)
+    assert out.read_text().split() == ["before_unload", "after_unload"]
+    assert not world.of(events.Slept) and not world.of(events.SleepFailed)

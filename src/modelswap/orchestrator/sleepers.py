@@ -190,8 +190,8 @@ def weights_on_disk(spec: Model) -> int | None:
     if named is None:
         return None
     path = (spec.cwd or Path()) / named
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in _WEIGHTS]
     try:
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in _WEIGHTS]
         return sum(file.stat().st_size for file in files) or None
     except OSError:
         return None

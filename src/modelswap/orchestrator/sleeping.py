@@ -65,9 +65,12 @@ async def fall_asleep(
         await run_hooks(outside, hosted, "after_unload")
     except (CannotSleep, ModelswapError, aiohttp.ClientError, TimeoutError) as failed:
         reason = str(failed) or "no answer"
-        note = outside.measurements.noted if isinstance(failed, NoRoom) else outside.measurements.failed
+        note = outside.measurements.noted if isinstance(failed, NotNow) else outside.measurements.failed
         note(hosted.model, hosted.definition, level, reason)
         _fail(outside, hosted, reason)
+    except asyncio.CancelledError:
+        hosted.asleep = 0  # whoever cancels it ends an engine that served until now
+        raise
     except Exception as bug:  # a mistake in an engine's or our code must not leave the scheduler waiting
         _fail(outside, hosted, f"internal error: {bug!r}")
         raise
@@ -76,8 +79,12 @@ async def fall_asleep(
         outside.post(events.Slept(at=outside.clock(), instance=hosted.instance))
 
 
-class NoRoom(CannotSleep):
-    """There is no host memory for it, which says nothing about the engine."""
+class NotNow(CannotSleep):
+    """It can't sleep for a reason that says nothing about the engine's sleep, such as requests that still run."""
+
+
+class NoRoom(NotNow):
+    """There is no host memory for it."""
 
 
 class _Before(NamedTuple):
@@ -123,7 +130,7 @@ async def _quiet(outside: Outside, hosted: Hosted) -> None:
                     return
                 await asyncio.sleep(pause(outside.clock() - began))
     except TimeoutError:
-        raise CannotSleep(f"{hosted.model} is still busy {RUNNING_LIMIT:g} s after it was drained") from None
+        raise NotNow(f"{hosted.model} is still busy {RUNNING_LIMIT:g} s after it was drained") from None
 
 
 async def _reserve(outside: Outside, hosted: Hosted, level: int, target: str) -> _Before:
