@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 
 from modelswap.core import events
 from modelswap.devices.base import Holder, Reading
@@ -239,7 +240,11 @@ class FakeRuntime:
         if self.start_error is not None:
             raise self.start_error
         self.orders.append(order)
-        return self.spawn(order.instance, order.model, order.definition, order.address)
+        running = self.spawn(order.instance, order.model, order.definition, order.address)
+        if order.standby not in self.plans:
+            return running
+        self.living[order.instance] = msgspec.structs.replace(running, mechanism="standby")
+        return self.living[order.instance]
 
     def spawn(
         self, instance: str, model: str, definition: str, address: Address | None = None, container: str = ""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
-from modelswap.engines.base import CannotSleep
+from modelswap.engines.base import CannotSleep, StandbyPlan
 from modelswap.orchestrator.measurements import COLD
 from tests.orchestrator.conftest import Api
 from tests.orchestrator.fakes import Bench, until
@@ -73,6 +74,19 @@ async def test_it_comes_back_after_a_failure_and_when_the_client_leaves(api: Api
     await until(lambda: api.service.calibrator.progress is None)
     bench.runtime.start_gate.set()
     await until(lambda: resident(api) == "b")
+
+
+async def test_a_start_from_standby_is_measured_beside_the_cold_ones(api: Api, bench: Bench) -> None:
+    """Cold starts are cold though one waits; then it is used once."""
+    bench.engine.standby_plan = StandbyPlan("key", ("python",), Path("wait.py"), {})
+    bench.runtime.plans = [bench.engine.standby_plan]
+    status, body = await api.post("/calibrate", {"model": "a"})
+    assert status == 200
+    measured = body["measurements"]
+    assert isinstance(measured, list)
+    assert {row["mechanism"]: row["count"] for row in measured} == {"cold": 2, "standby": 1, "stop": 3}
+    await api.post("/ensure_model", {"model": "a"})
+    assert bench.runtime.orders[-1].standby is not None
 
 
 async def test_a_pinned_model_keeps_what_is_known_of_it(api: Api, bench: Bench) -> None:

@@ -173,7 +173,7 @@ async def order_for(
         launch, standby = Launch((), {}), None
     else:
         launch = engine.launch(model, spec, place.address, place.program)
-        standby = engine.standby(spec, launch) if spec.standby else None
+        standby = engine.standby(spec, launch) if spec.standby and model not in outside.without_standby else None
     return StartOrder(
         instance=instance,
         model=model,

@@ -1,9 +1,9 @@
 """Measures a model's ways in and out on purpose, by swaps like all others.
 
-Two cold starts make the reference answer. Then, for each level that the engine allows, a fresh instance sleeps and
-wakes twice. The executors measure and judge, as they do in every swap; here they are only given the occasions: the
-model is asked for as an operator does, and put out again as soon as it is idle. What was resident before comes back in
-the end, unless somebody wants something else by then.
+Two cold starts make the reference answer. Then it is started once from a standby, if one waits, and for each level that
+the engine allows, a fresh instance sleeps and wakes twice. The executors measure and judge, as they do in every swap;
+here they are only given the occasions: the model is asked for as an operator does, and put out again as soon as it is
+idle. What was resident before comes back in the end, unless somebody wants something else by then.
 """
 
 from __future__ import annotations
@@ -76,13 +76,15 @@ class Calibrator:
         configured = self.configured()
         self._refuse_pinned(model)
         definition = configured.definitions[model]
-        levels = self._levels(model)
-        self._tell(model, "begin", 0, COLD_STARTS + len(levels) * (1 + WAKES))
+        levels, standby = self._levels(model), self._stands_by(model)
+        steps = COLD_STARTS + standby + len(levels) * (1 + WAKES)
+        self._tell(model, "begin", 0, steps)
         try:
             self._begin(model)
-            await self._calibrate(model, definition, levels)
+            await self._calibrate(model, definition, levels, steps, standby=standby)
         finally:
             self.progress = None
+            self.outside.without_standby.discard(model)
             self.idle.discard(model)
             self.chooser.forced.pop(model, None)
             self.reconfigure()
@@ -113,14 +115,22 @@ class Calibrator:
         self.idle.add(model)
         self.reconfigure()
 
-    async def _calibrate(self, model: str, definition: str, levels: tuple[int, ...]) -> None:
-        steps = COLD_STARTS + len(levels) * (1 + WAKES)
+    async def _calibrate(
+        self, model: str, definition: str, levels: tuple[int, ...], steps: int, *, standby: bool
+    ) -> None:
         step = 0
         self._tell(model, "making room", step, steps)
         await self._unload(model)
+        self.outside.without_standby.add(model)
         for number in range(COLD_STARTS):
             step += 1
             self._tell(model, f"cold start {number + 1}", step, steps)
+            await self._ensure(model)
+            await self._out(model)
+        self.outside.without_standby.discard(model)
+        if standby:
+            step += 1
+            self._tell(model, "start from standby", step, steps)
             await self._ensure(model)
             await self._out(model)
         if not self.outside.measurements.reference(model, definition):
@@ -154,6 +164,11 @@ class Calibrator:
         configured = self.configured()
         spec = configured.config.models[model]
         return configured.engines[model].sleep_levels(spec) if spec.device == "gpu" else ()
+
+    def _stands_by(self, model: str) -> bool:
+        """Return whether a standby waits that the model may be started from."""
+        waits = any(state.ready for state in self.outside.runtime.standbys())
+        return waits and self.configured().config.models[model].standby
 
     async def _ensure(self, model: str) -> str:
         """Make it resident; returns the mechanism by which it came in."""

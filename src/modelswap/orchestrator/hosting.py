@@ -113,6 +113,8 @@ class Outside:
     """Bytes that were free on the device when it was last verified with nothing of ours on it."""
     preparing: dict[str, Preparing] = field(default_factory=dict)
     """By model, while it goes on."""
+    without_standby: set[str] = field(default_factory=set)
+    """Models that are to be started cold, though a standby may wait for them."""
     turning_away: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     """Stops of instances that others have started; no start may begin meanwhile."""
 
