@@ -108,7 +108,7 @@ class Rig:
         definition = self.definition(model)
         for _ in range(2):
             self.measured.answered(model, definition, (f"model={model}", " quick", " brown", " fox"))
-        self.measured.took(model, definition, COLD, 30.0)
+            self.measured.took(model, definition, COLD, 30.0)
         if level:
             self.service.chooser.forced[model] = level
         self.service.chooser.tell()
