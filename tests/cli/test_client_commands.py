@@ -236,13 +236,14 @@ def test_calibrate_prints_what_was_measured(fake: Any, command: Run) -> None:
 def test_models_shows_how_each_is_put_out(fake: Any, command: Run) -> None:
     """Asleep or stopped, pinned or not, and which way is off."""
     off = {"mechanism": "sleep2", "ok": False, "reason": "garbage"}
+    cold = {"mechanism": "cold", "first_seconds": 95.0, "steady_seconds": 31.5, "reference": " the quick"}
     models = [
-        {"name": "a", "state": "ready", "sleep_level": 1, "pinned": True, "measurements": [off]},
+        {"name": "a", "state": "ready", "sleep_level": 1, "pinned": True, "measurements": [off, cold]},
         {"name": "b", "state": "asleep", "sleep_level": 0, "measurements": []},
     ]
     fake.answers["GET /models"] = (200, {"models": models})
     out = command("models", "--url", fake.url).out
-    for said in ("sleep, level 1", "(pinned)", "sleep2 is off:", "stop", "asleep"):
+    for said in ("sleep, level 1", "(pinned)", "sleep2 is off:", "stop", "asleep", "95.0 s", "31.5 s", "' the quick'"):
         assert said in out, out
 
 

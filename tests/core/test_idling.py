@@ -358,3 +358,30 @@ def test_preloading_that_fails() -> None:
     made.after(30)
     assert made.state("a") == "absent"
     assert not of(made.out, effects.Answer)
+
+
+def test_pinned_while_it_drains_for_another() -> None:
+    """As long as it only drains it is opened again, and who waits for the other hears why; asked by nobody, too."""
+    made = bench(model("a", ttl=60.0), model("b"))
+    made.reside("a")
+    made.want("b", 1)
+    made.after(20)
+    assert made.state("a") == "draining"
+    out = made.handle(events.Pin(at=made.now, model="a", pinned=True))
+    assert made.state("a") == "ready"
+    assert [message.code for message in said(out, Refuse)] == [Code.MODEL_PINNED]
+    made.handle(events.Pin(at=made.now, model="a", pinned=False))
+    made.after(61)
+    assert made.state("a") == "draining"
+    made.handle(events.Pin(at=made.now, model="a", pinned=True))
+    assert made.state("a") == "ready"
+
+
+def test_pinned_while_it_drains_for_an_operator() -> None:
+    """What an operator has asked for goes first, and so does an unload."""
+    made = bench(model("a"), model("b"))
+    made.reside("a")
+    made.ensure("b")
+    made.after(20)
+    made.handle(events.Pin(at=made.now, model="a", pinned=True))
+    assert made.state("a") == "draining"

@@ -36,7 +36,7 @@ def test_a_drained_model_sleeps_instead_of_being_stopped() -> None:
     made = draining(bench())
     a = made.instance("a")
     out = made.drained("a")
-    assert of(out, effects.Sleep) == [effects.Sleep(instance=a, model="a", level=1)]
+    assert of(out, effects.Sleep) == [effects.Sleep(instance=a, model="a", level=1, target="b")]
     assert not of(out, effects.PutOut)
     assert made.state("a") == "draining"
     out = made.slept("a")

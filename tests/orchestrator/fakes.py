@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import socket
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ class FakeRuntime:
         """How many more times stopping fails."""
         self.sweep_error: Unkillable | None = None
         self.listens = True
-        self.taken: dict[str, int] = {}
+        self.taken: dict[str, int] = defaultdict(int)
         """Host memory by instance."""
         self.log = ["first line", "last line"]
         self.rotations = 0
@@ -245,10 +246,11 @@ class FakeRuntime:
         if self.start_error is not None:
             raise self.start_error
         self.orders.append(order)
-        started = self.spawn(order.instance, order.model, order.definition, order.address)
-        if order.standby is not None:
-            started = self.living[order.instance] = msgspec.structs.replace(started, mechanism="standby")
-        return started
+        running = self.spawn(order.instance, order.model, order.definition, order.address)
+        if order.standby not in self.plans:
+            return running
+        self.living[order.instance] = msgspec.structs.replace(running, mechanism="standby")
+        return self.living[order.instance]
 
     def spawn(
         self, instance: str, model: str, definition: str, address: Address | None = None, container: str = ""
@@ -306,7 +308,7 @@ class FakeRuntime:
         return self.listens and running.instance in self.living
 
     async def host_bytes(self, running: Running) -> int:
-        return self.taken.get(running.instance, 0)
+        return self.taken[running.instance]
 
     async def instances(self) -> list[Running]:
         return list(self.living.values())

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
+import pytest
+
+from modelswap.engines.base import CannotSleep, StandbyPlan
 from modelswap.orchestrator.measurements import COLD
 from tests.orchestrator.conftest import Api
 from tests.orchestrator.fakes import Bench, until
@@ -41,6 +45,72 @@ async def test_calibrating_starts_a_model_twice(api: Api, bench: Bench) -> None:
     assert kinds.count("calibration") >= 3 and kinds[-1] == "calibrated"
     status, body = await api.post("/calibrate", {})
     assert (status, body["models"]) == (200, ["a", "b"])
+
+
+def resident(api: Api) -> str | None:
+    """Return what has the device."""
+    return next(view.resident for view in api.service.shell.snapshot().devices)
+
+
+@pytest.mark.parametrize("before", ["a", "b"])
+async def test_what_was_resident_before_comes_back(api: Api, before: str) -> None:
+    """The calibrated model itself or another one; only once, if several are calibrated."""
+    await api.post("/ensure_model", {"model": before})
+    assert (await api.post("/calibrate", {"model": "a"}))[0] == 200
+    await until(lambda: resident(api) == before)
+    assert (await api.post("/calibrate", {}))[0] == 200
+    await until(lambda: resident(api) == before)
+
+
+async def test_it_comes_back_after_a_failure_and_when_the_client_leaves(api: Api, bench: Bench) -> None:
+    """However the calibration ends."""
+    await api.post("/ensure_model", {"model": "b"})
+    bench.runtime.start_gate.clear()
+    bench.runtime.starting.clear()
+    asking = asyncio.create_task(api.post("/calibrate", {"model": "a"}))
+    await until(bench.runtime.starting.is_set)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    await until(lambda: api.service.calibrator.progress is None)
+    bench.runtime.start_gate.set()
+    await until(lambda: resident(api) == "b")
+
+
+async def test_a_start_from_standby_is_measured_beside_the_cold_ones(api: Api, bench: Bench) -> None:
+    """Cold starts are cold though one waits; then it is used once."""
+    bench.engine.standby_plan = StandbyPlan("key", ("python",), Path("wait.py"), {})
+    bench.runtime.plans = [bench.engine.standby_plan]
+    status, body = await api.post("/calibrate", {"model": "a"})
+    assert status == 200
+    measured = body["measurements"]
+    assert isinstance(measured, list)
+    assert {row["mechanism"]: row["count"] for row in measured} == {"cold": 2, "standby": 1, "stop": 3}
+    await api.post("/ensure_model", {"model": "a"})
+    assert bench.runtime.orders[-1].standby is not None
+
+
+async def test_a_pinned_model_keeps_what_is_known_of_it(api: Api, bench: Bench) -> None:
+    """It is refused before anything is forgotten or stopped."""
+    await api.post("/ensure_model", {"model": "a"})
+    await api.post("/pin", {"model": "a"})
+    await until(lambda: pinned(api) == {"a"})
+    status, body = await api.post("/calibrate", {"model": "a"})
+    assert status == 503 and "pinned" in str(body)
+    assert resident(api) == "a" and len(bench.runtime.orders) == 1
+    assert (await api.json("/status"))["measurements"]
+
+
+async def test_a_level_that_fails_when_it_is_calibrated_is_off(api: Api, bench: Bench) -> None:
+    """It was tried on purpose and did not do: no swap is spent on trying it again."""
+    bench.engine.levels = (1,)
+    bench.engine.greedy_answer = ("the", "quick", "brown", "fox")
+    bench.engine.sleep_errors = [CannotSleep("it would rather not")] * 9
+    status, body = await api.post("/calibrate", {"model": "a"})
+    assert status == 200
+    (row,) = [row for row in body["measurements"] if row["mechanism"] == "sleep1"]  # type: ignore[attr-defined]
+    assert row["ok"] is False and "rather not" in row["reason"]
+    (cold,) = [row for row in body["measurements"] if row["mechanism"] == "cold"]  # type: ignore[attr-defined]
+    assert cold["reference"] == "thequickbrownfox" and cold["first_seconds"] is not None
 
 
 async def test_only_one_is_calibrated_at_a_time(api: Api, bench: Bench) -> None:

@@ -415,6 +415,7 @@ async def start_of(world: World, number: int, *, dies: int | None = None) -> tup
 async def test_a_start_from_a_standby_that_fails_is_followed_by_a_cold_one(world: World) -> None:
     """For the same waiters, with the reason in the log; whose fault it was shows then."""
     plan = world.engine.standby_plan = StandbyPlan("k", ("python",), Path("wait.py"), {})
+    world.runtime.plans = [plan]
     with capture_logs() as logs:
         assert await start_of(world, 1, dies=1) == (plan, "forgiven")
     assert [one["reason"] for one in logs if one["event"] == "cold start instead"] == [
@@ -429,6 +430,7 @@ async def test_a_start_from_a_standby_that_fails_is_followed_by_a_cold_one(world
 async def test_standbys_that_fail_again_and_again_are_not_used_any_more(world: World) -> None:
     """Three times in a row where a cold start then succeeds: the model's starts are cold until it is calibrated."""
     plan = world.engine.standby_plan = StandbyPlan("k", ("python",), Path("wait.py"), {})
+    world.runtime.plans = [plan]
     for number in range(1, 9, 2):
         if number == 3:  # one that succeeds between them begins the count anew
             assert await start_of(world, 30) == (plan, "")

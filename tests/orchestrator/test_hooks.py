@@ -91,7 +91,12 @@ async def test_a_command_hears_what_it_is_about(world: World, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("body", "reason"), [("raise SystemExit(3)", "exited with status 3"), ("time.sleep(60)", "longer than its timeout")]
+    ("body", "reason"),
+    [
+        ("raise SystemExit(3)", "exited with status 3$"),
+        ("raise OSError('no such slot')", "exited with status 1: OSError: no such slot$"),
+        ("time.sleep(60)", "longer than its timeout"),
+    ],
 )
 async def test_a_command_that_fails(world: World, tmp_path: Path, body: str, reason: str) -> None:
     """It fails the load or not, as the config says; past its timeout it is killed, with all that it started."""

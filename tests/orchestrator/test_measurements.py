@@ -84,6 +84,19 @@ async def test_the_average_follows_and_a_first_time_does_not_count(store: Store)
     await store.close()
 
 
+async def test_the_first_start_of_all_does_not_count_once_there_is_a_second(store: Store) -> None:
+    """It fills caches and compiles; until then there is nothing else to go by."""
+    measured = Measurements(store)
+    measured.took("a", "d", COLD, 300.0)
+    assert measured.seconds("a", "d", COLD) == 300.0
+    measured.took("a", "d", COLD, 30.0)
+    known = measured.of("a", "d", COLD)
+    assert (known.first, known.steady, known.count) == (300.0, 30.0, 2)
+    measured.took("a", "d", COLD, 40.0)
+    assert measured.seconds("a", "d", COLD) == pytest.approx(33.0)
+    await store.close()
+
+
 async def test_another_definition_or_engine_version_is_measured_anew(store: Store) -> None:
     """What was measured of something else is as if it weren't there, and another version forgets all."""
     measured = Measurements(store)

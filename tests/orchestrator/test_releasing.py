@@ -108,3 +108,18 @@ async def test_less_than_usual_is_no_failure(world: World) -> None:
     for _ in range(2):
         await verify_released(world.outside, GPU, Device(release_timeout=0.05), model(), world.engine)
     assert [type(event) for event in world.events] == [events.Released] * 3
+
+
+async def test_asking_for_less_is_a_remedy(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was too much is looked for no more once the config, loaded anew, says less."""
+    monkeypatch.setattr("modelswap.orchestrator.releasing.WATCH_TERM", 0.2)
+    monkeypatch.setattr("modelswap.orchestrator.releasing.WATCH_PAUSE", 0.001)
+    world.device.hold(50)
+    config_, wanted = Device(release_timeout=0.02), model(memory="80B")
+    job = asyncio.create_task(
+        verify_released(world.outside, GPU, config_, wanted, world.engine, current=lambda: wanted)
+    )
+    await until(lambda: bool(world.of(events.ReleaseFailed)))
+    wanted = model(memory="40B")
+    await asyncio.wait_for(job, 30)
+    assert world.of(events.Released)

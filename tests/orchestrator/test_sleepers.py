@@ -12,7 +12,7 @@ from modelswap.devices.base import Reading
 from modelswap.orchestrator import sleepers
 from modelswap.orchestrator.facts import Configured
 from modelswap.orchestrator.hosting import Hosted, HostMemory
-from modelswap.orchestrator.measurements import COLD, STOP, sleeping, waking
+from modelswap.orchestrator.measurements import COLD, STANDBY, STOP, sleeping, waking
 from modelswap.orchestrator.ways import Chooser
 from tests.orchestrator.fakes import World, config
 
@@ -117,6 +117,49 @@ async def test_what_a_sleeper_will_take_is_measured_or_guessed(
     folder = config(a={"model": str(tmp_path)}).models["a"]
     assert sleepers.weights_on_disk(folder) == 1000
     assert sleepers.weights_on_disk(config(a={"model": "no/such"}).models["a"]) is None
+
+
+async def test_the_one_that_comes_in_instead_is_spared(world: World) -> None:
+    """Its sleeper is about to be woken: dropping it would make whoever waits for it wait for a start."""
+    memory(world, budget=GIB)
+    asleep(world, "a")
+    new = world.host_running("b.1.1", "b")
+    world.outside.ranking.used("b", 30.0, GIB)
+    assert not await sleepers.reserve(world.outside, new, GIB, 0, sparing="a")
+    assert dropped(world) == []
+
+
+async def test_another_level_is_reserved_for_anew(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What level 2 took says nothing about level 1, which pins weights; what was pinned stays when it drops them."""
+    world.runtime.taken["a.1.1"] = 100
+    world.outside.weights["digest"] = 1000
+    hosted = world.host_running("a.1.1", "a")
+    hosted.levels, hosted.host_bytes = {2}, 100
+    assert await sleepers.expected_host(world.outside, hosted, 2) == (100, 100)
+    assert await sleepers.expected_host(world.outside, hosted, 1) == (1600, 100)
+    hosted.levels, hosted.host_bytes = {1}, 1600
+    assert await sleepers.expected_host(world.outside, hosted, 2) == (1600, 100)
+
+
+async def test_what_is_on_the_device_bounds_weights_that_nobody_knows(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that an earlier orchestrator started may pin all that it holds; other sleepers' part isn't its own."""
+    world.runtime.taken["a.1.1"] = 100
+    hosted = world.host_running("a.1.1", "a")
+    asleep(world, "b", residue=10)
+    world.device.hold(50)
+    assert await sleepers.expected_host(world.outside, hosted, 1) == (160, 100)
+
+
+async def test_what_a_start_from_standby_takes_is_what_a_sleeper_saves(world: World) -> None:
+    """Sleeping is worth the time that the quickest start would take more."""
+    for model, standby in (("a", None), ("b", 5.0)):
+        world.measurements.took(model, "digest", COLD, 60.0)
+        if standby is not None:
+            world.measurements.took(model, "digest", STANDBY, standby)
+        sleepers.used(world.outside, world.host_running(f"{model}.1.1", model))
+    assert world.outside.ranking.credit("b") < world.outside.ranking.credit("a") / 5
 
 
 class Choice:

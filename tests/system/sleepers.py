@@ -108,7 +108,7 @@ class Rig:
         definition = self.definition(model)
         for _ in range(2):
             self.measured.answered(model, definition, (f"model={model}", " quick", " brown", " fox"))
-        self.measured.took(model, definition, COLD, 30.0)
+            self.measured.took(model, definition, COLD, 30.0)
         if level:
             self.service.chooser.forced[model] = level
         self.service.chooser.tell()
@@ -163,6 +163,9 @@ async def rig(
     )
     try:
         async with running(folder / "modelswap.yaml", config, parts) as service, aiohttp.ClientSession() as http:
+            # The sleepers' memory is only simulated: what this machine has to spare is of no concern.
+            service.outside.memory.available = lambda: 8 * CAPACITY
+            service.outside.memory.total = 8 * CAPACITY
             made = Rig(folder, service, ledger, http)
             await made.until(lambda: service.reading is not None, "the device is read")
             yield made

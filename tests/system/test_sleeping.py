@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +20,7 @@ from tests.system.stack import Stack
 MODELS: Final = ("mistral", "coder", "llava", "qwen")
 REQUESTS: Final = 2000
 PAUSE: Final = 0.1
+SEED: Final = int(os.environ.get("MODELSWAP_SEED", "4"))
 FAULTS: Final[tuple[dict[str, Any], ...]] = (
     {"sleep": "fail"},
     {"sleep": "ignore"},
@@ -78,10 +80,10 @@ async def test_every_request_is_answered_whatever_sleepers_do(tmp_path: Path) ->
         device={"kind": "simulated", "ledger": str(tmp_path / "gpu.json"), "release_timeout": 5.0},
     )
     async with stack:
-        trouble = Trouble(stack, seed=4)
+        trouble = Trouble(stack, seed=SEED)
         making = asyncio.create_task(trouble.make())
         try:
-            outcomes = await clients(stack.base_url, MODELS, count=REQUESTS, at_once=32, seed=7)
+            outcomes = await clients(stack.base_url, MODELS, count=REQUESTS, at_once=32, seed=SEED + 3)
         finally:
             making.cancel()
             await asyncio.gather(making, return_exceptions=True)

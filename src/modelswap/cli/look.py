@@ -30,7 +30,9 @@ def models(url: str, *, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    Console(highlight=False).print(views.models(found))
+    console = Console(highlight=False)
+    for part in views.models(found):
+        console.print(part)
 
 
 def logs(url: str, model: str, lines: int, *, follow: bool) -> None:

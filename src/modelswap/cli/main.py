@@ -145,7 +145,7 @@ def status(config: ConfigFile = CONFIG_FILE, url: Url = None, as_json: AsJson = 
 
 @app.command(epilog=_epilog("modelswap models", "modelswap models --json"), rich_help_panel="Look")
 def models(config: ConfigFile = CONFIG_FILE, url: Url = None, as_json: AsJson = False) -> None:
-    """List the configured models and their states."""
+    """List the configured models, their states, and what was measured of them."""
     from modelswap.cli.look import models as command
 
     command(_url(config, url), as_json=as_json)
@@ -198,7 +198,7 @@ def calibrate(
     """Measure how fast a model starts, sleeps and wakes, and whether it answers as before.
 
     Swaps measure this by themselves as they happen. Calibrating begins anew, also for what was switched off because it
-    went wrong. It takes several starts, during which other models wait.
+    went wrong. It takes several starts, during which other models wait; in the end, what was loaded before comes back.
     """
     from modelswap.cli.act import calibrate as command
 

@@ -37,12 +37,20 @@ def status(found: Json, url: str) -> Iterator[RenderableType]:
         yield _devices(devices)
 
 
-def models(found: Any) -> Table:
-    """Return the list of models."""
+def models(found: Any) -> Iterator[RenderableType]:
+    """Yield the list of models, and what was measured of their ways in and out."""
+    listed = found.get("models", []) if isinstance(found, dict) else []
+    yield _listed(listed)
+    rows = [row for model in listed for row in model.get("measurements") or []]
+    if rows:
+        yield measurements(rows, "measured")
+
+
+def _listed(found: Sequence[Json]) -> Table:
     table = _table()
     for name in ("model", "engine", "state", "device", "is put out by", "priority", "also called"):
         table.add_column(name, overflow="fold", justify="right" if name == "priority" else "left")
-    for model in found.get("models", []) if isinstance(found, dict) else []:
+    for model in found:
         others = ", ".join([*model.get("aliases", []), *model.get("adapters", [])])
         table.add_row(
             _name(model),
@@ -56,16 +64,17 @@ def models(found: Any) -> Table:
     return table
 
 
-def measurements(found: Sequence[Json]) -> Table:
+def measurements(found: Sequence[Json], title: str | None = None) -> Table:
     """Return what was measured of models' ways in and out."""
-    table = _table()
+    table = _table(title)
     for name in ("model", "way", "verdict"):
         table.add_column(name, overflow="fold")
     for name in ("first", "usually", "leaves on the device", "host memory"):
         table.add_column(name, justify="right")
     for row in found:
         ok, reason = row.get("ok"), str(row.get("reason") or "")
-        verdict = Text("off: " if ok is False else "", "red") + Text(reason or ("good" if ok else NONE))
+        answer = f"answers {row['reference']!r}" if row.get("reference") else NONE
+        verdict = Text("off: " if ok is False else "", "red") + Text(reason or ("good" if ok else answer))
         table.add_row(
             Text(str(row.get("model")), "bold"),
             str(row.get("mechanism")),

@@ -43,12 +43,13 @@ class BringIn(Effect, frozen=True):
 class Sleep(Effect, frozen=True):
     """Make a drained instance sleep at ``level``; reports `events.Slept` or `events.SleepFailed`.
 
-    Its `Watch` ends. A `PutOut` meanwhile cancels it.
+    Its `Watch` ends. A `PutOut` meanwhile cancels it. ``target`` is the model that comes in instead, if one does.
     """
 
     instance: str
     model: str
     level: int
+    target: str = ""
 
 
 class Wake(Effect, frozen=True):

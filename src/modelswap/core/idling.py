@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from modelswap.core import leasing, pinning, waiting
+from modelswap.core import leasing, pinning, sleeping, waiting
+from modelswap.core.swap import Swap
 from modelswap.core.world import DeviceRecord, Instance, World
 from modelswap.protocol.errors import Code
 
@@ -14,6 +15,13 @@ def due(world: World, instance: Instance) -> float | None:
         return None
     idle_since = leasing.idle_since(world, instance) if instance.resident else None
     return None if idle_since is None else idle_since + model.facts.ttl
+
+
+def pinned_meanwhile(world: World, swap: Swap, draining: list[Instance]) -> bool:
+    """Return whether one that drains has been pinned, so that it isn't left; an operator's wish goes first."""
+    wished = waiting.ensured(world, swap.target) if swap.target is not None else not swap.idle
+    models = [world.models.get(instance.model) for instance in draining if not sleeping.unwanted(world, instance)]
+    return not wished and any(model is not None and model.pinned for model in models)
 
 
 def preload(world: World) -> None:

@@ -25,10 +25,10 @@ def level(world: World, swap: Swap, drained: Instance) -> int:
     return model.way
 
 
-def begin(world: World, drained: Instance, depth: int) -> None:
+def begin(world: World, swap: Swap, drained: Instance, depth: int) -> None:
     """Have a drained instance put to sleep; it is still draining, and holds its device, until that is done."""
     drained.falling = depth
-    world.emit(effects.Sleep(instance=drained.id, model=drained.model, level=depth))
+    world.emit(effects.Sleep(instance=drained.id, model=drained.model, level=depth, target=swap.target or ""))
 
 
 def slept(world: World, instance: Instance) -> None:

@@ -335,7 +335,10 @@ def _drain(world: World, device: DeviceRecord, swap: Swap) -> None:
             _open_again(world, device, draining)
             return
         # Else something has been stopped already: the target is chosen anew when the device is free.
-    if swap.idle and draining and all(_untouched(i) and _wanted(world, i) for i in draining):
+    called_off = (swap.idle and all(_wanted(world, i) for i in draining)) or idling.pinned_meanwhile(
+        world, swap, draining
+    )
+    if draining and called_off and all(_untouched(victim) for victim in draining):
         _open_again(world, device, draining)
         return
     settings = world.settings
@@ -349,7 +352,7 @@ def _drain(world: World, device: DeviceRecord, swap: Swap) -> None:
             continue
         depth = sleeping.level(world, swap, victim)
         if depth:
-            sleeping.begin(world, victim, depth)
+            sleeping.begin(world, swap, victim, depth)
         else:
             world.transition(victim, InstanceState.STOPPING, "drained")
             world.emit(effects.PutOut(instance=victim.id, model=victim.model))

@@ -174,8 +174,9 @@ async def order_for(
         launch, standby = Launch((), {}), None
     else:
         launch = engine.launch(model, spec, place.address, place.program)
-        wanted = spec.standby and trust.trusts_standby(outside, model, definition)
-        standby = engine.standby(spec, launch) if wanted else None
+        wanted = spec.standby and model not in outside.without_standby
+        trusted = wanted and trust.trusts_standby(outside, model, definition)
+        standby = engine.standby(spec, launch) if trusted else None
     return StartOrder(
         instance=instance,
         model=model,

@@ -3,6 +3,10 @@
 The rule (Cherkasova, "Improving WWW proxies performance with greedy-dual-size-frequency caching policy", HP Labs 1998):
 a sleeper's credit is ``clock + uses x seconds saved / bytes``, and the clock rises to the credit of each one that is
 dropped. So what was worth much, but long ago, is overtaken by what is used now.
+
+One thing is different here: a cache takes in whatever was missed, while a model that comes back is put to sleep only
+if that pushes nobody out who is worth more. Where all who sleep are, nobody would ever be dropped, and the clock would
+stand still. So each use moves it on, too, by a small part of what was used.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from typing import Final
 GIB: Final = 1 << 30
 LEAST_BYTES: Final = 1 << 26
 """No sleeper counts as smaller than this (64 MiB), whatever was measured of it."""
+AGING: Final = 1 / 64
+"""The part of a use's worth by which all others age."""
 MOST_USES: Final = 16.0
 """Uses beyond this are halved with all others', so that a model's past fades."""
 
@@ -41,7 +47,9 @@ class Ranking:
         self._uses[model] = self._uses.get(model, 0.0) + 1.0
         if self._uses[model] > MOST_USES:
             self._uses = {name: uses / 2 for name, uses in self._uses.items()}
-        self._credits[model] = self.clock + self._uses[model] * max(saved, 0.0) * GIB / max(size, LEAST_BYTES)
+        worth = self._uses[model] * max(saved, 0.0) * GIB / max(size, LEAST_BYTES)
+        self.clock += worth * AGING
+        self._credits[model] = self.clock + worth
 
     def credit(self, model: str) -> float:
         """Return what a model's sleeping is worth; the clock's for one that nobody has asked for yet."""

@@ -1,8 +1,9 @@
 """Measures a model's ways in and out on purpose, by swaps like all others.
 
-Two cold starts make the reference answer. Then, for each level that the engine allows, a fresh instance sleeps and
-wakes twice. The executors measure and judge, as they do in every swap; here they are only given the occasions: the
-model is asked for as an operator does, and put out again as soon as it is idle.
+Two cold starts make the reference answer. Then it is started once from a standby, if one waits, and for each level that
+the engine allows, a fresh instance sleeps and wakes twice. The executors measure and judge, as they do in every swap;
+here they are only given the occasions: the model is asked for as an operator does, and put out again as soon as it is
+idle. What was resident before comes back in the end, unless somebody wants something else by then.
 """
 
 from __future__ import annotations
@@ -53,23 +54,37 @@ class Calibrator:
     progress: dict[str, Any] | None = None
     """What is being done now, None if nothing is."""
 
-    async def calibrate(self, model: str) -> list[dict[str, Any]]:
-        """Forget what was measured of ``model`` and measure it anew; returns that as plain data.
+    async def calibrate(self, *models: str) -> list[dict[str, Any]]:
+        """Forget what was measured of ``models`` and measure them anew, in turn; returns that as plain data.
 
-        Raises `ModelswapError` if it can't be made resident, or another calibration goes on. Cancelling it is safe.
+        Raises `ModelswapError` if one can't be made resident, or another calibration goes on. Cancelling it is safe.
         """
-        if self.progress is not None:
-            busy = self.progress["model"]
-            raise ModelswapError(f"{busy} is being calibrated; wait for that", code=Code.BAD_REQUEST)
+        before = next((view.resident for view in self.snapshot().devices if view.resident is not None), None)
+        measured: list[dict[str, Any]] = []
+        try:
+            for model in models:
+                if self.progress is not None:
+                    busy, before = self.progress["model"], None
+                    raise ModelswapError(f"{busy} is being calibrated; wait for that", code=Code.BAD_REQUEST)
+                measured += await self._one(model)
+        finally:
+            if before is not None:
+                self._bring_back(before, models)
+        return measured
+
+    async def _one(self, model: str) -> list[dict[str, Any]]:
         configured = self.configured()
+        self._refuse_pinned(model)
         definition = configured.definitions[model]
-        levels = self._levels(model)
-        self._tell(model, "begin", 0, COLD_STARTS + len(levels) * (1 + WAKES))
+        levels, standby = self._levels(model), self._stands_by(model)
+        steps = COLD_STARTS + standby + len(levels) * (1 + WAKES)
+        self._tell(model, "begin", 0, steps)
         try:
             self._begin(model)
-            await self._calibrate(model, definition, levels)
+            await self._calibrate(model, definition, levels, steps, standby=standby)
         finally:
             self.progress = None
+            self.outside.without_standby.discard(model)
             self.idle.discard(model)
             self.chooser.forced.pop(model, None)
             self.reconfigure()
@@ -79,6 +94,20 @@ class Calibrator:
         _log.info("calibrated", model=model, levels=levels)
         return result
 
+    def _refuse_pinned(self, model: str) -> None:
+        """Raise `ModelswapError`, before anything is forgotten, if an operator has pinned it: it would stay in."""
+        view = next((view for view in self.snapshot().models if view.name == model), None)
+        if view is not None and view.pinned and not self.configured().config.models[model].pin:
+            raise ModelswapError(f"{model} is pinned; release it first", code=Code.MODEL_PINNED)
+
+    def _bring_back(self, model: str, calibrated: tuple[str, ...]) -> None:
+        """Ask for what was resident before, unless another model has the device, or is wanted there."""
+        others = [one for one in self.snapshot().models if one.device is not None and one.name not in calibrated]
+        taken = any(one.state not in _OUT or one.waiting for one in others)
+        if model in self.configured().config.models and not taken:
+            number = self.answers.number()
+            self.outside.post(events.Ensure(at=self.outside.clock(), request=number, model=model))
+
     def _begin(self, model: str) -> None:
         self.outside.measurements.forget(model)
         self.chooser.forced[model] = 0
@@ -86,14 +115,22 @@ class Calibrator:
         self.idle.add(model)
         self.reconfigure()
 
-    async def _calibrate(self, model: str, definition: str, levels: tuple[int, ...]) -> None:
-        steps = COLD_STARTS + len(levels) * (1 + WAKES)
+    async def _calibrate(
+        self, model: str, definition: str, levels: tuple[int, ...], steps: int, *, standby: bool
+    ) -> None:
         step = 0
         self._tell(model, "making room", step, steps)
         await self._unload(model)
+        self.outside.without_standby.add(model)
         for number in range(COLD_STARTS):
             step += 1
             self._tell(model, f"cold start {number + 1}", step, steps)
+            await self._ensure(model)
+            await self._out(model)
+        self.outside.without_standby.discard(model)
+        if standby:
+            step += 1
+            self._tell(model, "start from standby", step, steps)
             await self._ensure(model)
             await self._out(model)
         if not self.outside.measurements.reference(model, definition):
@@ -113,6 +150,7 @@ class Calibrator:
             self._tell(model, f"wake {number + 1} from level {level}", step + 2 + number, steps)
             if await self._ensure(model) != "wake":
                 break
+        self.outside.measurements.settle(model, definition, level)
         self._force(model, 0)
         if await self._out(model) is InstanceState.ASLEEP:
             await self._unload(model)
@@ -126,6 +164,11 @@ class Calibrator:
         configured = self.configured()
         spec = configured.config.models[model]
         return configured.engines[model].sleep_levels(spec) if spec.device == "gpu" else ()
+
+    def _stands_by(self, model: str) -> bool:
+        """Return whether a standby waits that the model may be started from."""
+        waits = any(state.ready for state in self.outside.runtime.standbys())
+        return waits and self.configured().config.models[model].standby
 
     async def _ensure(self, model: str) -> str:
         """Make it resident; returns the mechanism by which it came in."""

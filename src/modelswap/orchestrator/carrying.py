@@ -146,7 +146,7 @@ class Carrier:
             self.outside.post(events.SleepFailed(at=self.outside.clock(), instance=effect.instance, message=message))
             return
         timeout = self.configured().config.device.release_timeout
-        work = sleeping.fall_asleep(self.outside, hosted, effect.level, timeout)
+        work = sleeping.fall_asleep(self.outside, hosted, effect.level, timeout, target=effect.target)
         hosted.job = self.tasks.start(work, f"sleep {effect.instance}")
 
     def _wake(self, effect: effects.Wake) -> None:
@@ -232,6 +232,7 @@ class Carrier:
             configured.config.models.get(effect.model),
             configured.engines.get(effect.model),
             next((one for one in sleepers if not (one.leaving or one.given_up)), None),
+            current=lambda: self.configured().config.models.get(effect.model),
         )
         self.tasks.start(work, f"verify released {effect.device}")
 

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import os
 import signal
-from typing import Final, Literal
+import tempfile
+from typing import IO, Final, Literal
 
 import aiohttp
 import structlog
@@ -16,6 +17,7 @@ from modelswap.protocol.errors import Code, ModelswapError
 from modelswap.spec.config import Hook
 
 Moment = Literal["before_load", "after_load", "before_unload", "after_unload"]
+_MOST_SAID: Final = 500
 _CANT_FAIL: Final = ("before_unload", "after_unload")
 
 _log = structlog.get_logger(__name__)
@@ -74,20 +76,30 @@ async def _run(hosted: Hosted, hook: Hook, moment: Moment) -> str:
         "MODELSWAP_HOOK": moment,
         "MODELSWAP_URL": hosted.address.url if running and hosted.address is not None else "",
     }
-    process = await asyncio.create_subprocess_exec(
-        *hook.command,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-        env=os.environ | told,
-        cwd=hosted.spec.cwd,
-        start_new_session=True,
-    )
-    try:
-        code = await process.wait()
-    except asyncio.CancelledError:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # it has just ended
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-        raise
-    return "" if code == 0 else f"{hook.command[0]} exited with status {code}"
+    # A file, not a pipe: what it leaves running in the background may hold that open for ever.
+    with tempfile.TemporaryFile() as errors:
+        process = await asyncio.create_subprocess_exec(
+            *hook.command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=errors,
+            env=os.environ | told,
+            cwd=hosted.spec.cwd,
+            start_new_session=True,
+        )
+        try:
+            code = await process.wait()
+        except asyncio.CancelledError:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has just ended
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+            raise
+        return "" if code == 0 else f"{hook.command[0]} exited with status {code}{_last_words(errors)}"
+
+
+def _last_words(errors: IO[bytes]) -> str:
+    """Return the last line that a command wrote to its standard error, as an addition to a sentence."""
+    errors.seek(max(errors.seek(0, os.SEEK_END) - _MOST_SAID, 0))
+    lines = errors.read(_MOST_SAID).decode(errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f": {last}" if last else ""

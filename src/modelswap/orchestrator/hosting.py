@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import aiohttp
-import psutil
 import structlog
 
 from modelswap.core.events import Event
@@ -64,8 +63,8 @@ class Hosted:
     """Bytes that it holds on the device while asleep."""
     host_bytes: int = 0
     """Host memory that counts against the budget for it: reserved before its first sleep, and kept until it ends."""
-    rounds: int = 0
-    """How many times it has slept and woken."""
+    levels: set[int] = field(default_factory=set)
+    """The levels that it has slept at and woken from, if only under an earlier orchestrator."""
     given_up: bool = False
     """The scheduler has been asked to stop it in its sleep."""
 
@@ -89,7 +88,7 @@ class HostMemory:
     budget: Callable[[], int | None] = lambda: None
     """The config's; None: whatever is safe."""
     available: Callable[[], int] = hostmemory.available
-    total: int = field(default_factory=lambda: int(psutil.virtual_memory().total))
+    total: int = field(default_factory=hostmemory.total)
     standbys: Callable[[], int] = lambda: 0
     """What standbys take now."""
 
@@ -116,6 +115,8 @@ class Outside:
     """By model, while it goes on."""
     suspects: dict[tuple[str, str], str] = field(default_factory=dict)
     """By model and definition, why its last start from a standby failed; the next one is cold (`trust`)."""
+    without_standby: set[str] = field(default_factory=set)
+    """Models that are to be started cold, though a standby may wait for them."""
     turning_away: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     """Stops of instances that others have started; no start may begin meanwhile."""
 

@@ -15,6 +15,7 @@ from modelswap.orchestrator.store import Store, peek
 COLD: Final = "cold"
 STANDBY: Final = "standby"
 STOP: Final = "stop"
+_ONCE: Final = (COLD, STANDBY, STOP)
 
 TOKENS: Final = 16
 """How many tokens of a greedy answer are compared."""
@@ -39,7 +40,8 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """One way in or out of one model, while it is defined as it is. Seconds and bytes.
 
     ``first`` is the first time of an instance (its host memory is pinned then), ``steady`` the moving average of the
-    later ones; ways that every instance goes only once (cold, standby, stop) have no first. ``residue`` is the device
+    later ones. Of ways that every instance goes only once (cold, standby, stop), ``first`` is the first time there was
+    (caches are filled then), and ``steady`` the same until there is a second. ``residue`` is the device
     memory that is left while it sleeps, ``host`` the host memory that it takes. ``ok`` False: not used any more, for
     ``reason``. ``answer`` is the greedy answer of the first cold start, ``reference`` what a second one had in common
     with it.
@@ -96,14 +98,15 @@ class Measurements:
         """Take in how long it took; ``first``: the first time of an instance that goes this way again and again."""
         self.on_took(model, mechanism, seconds)
         before = self.of(model, definition, mechanism)
-        average = Average(before.steady)
+        once = mechanism in _ONCE
+        average = Average(None if once and before.count == 1 else before.steady)
         if not first:
             average.add(seconds)
         if mechanism == STANDBY and before.failures and before.ok is not False:
             before = msgspec.structs.replace(before, failures=0, reason="")
         self._put(
             before,
-            first=seconds if first else before.first,
+            first=seconds if first or (once and before.count == 0) else before.first,
             steady=average.value,
             last=seconds,
             count=before.count + 1,
@@ -128,6 +131,18 @@ class Measurements:
         ok = False if failures >= FAILURES else before.ok
         self._put(before, ok=ok, failures=failures, reason=reason)
         return ok is not False
+
+    def settle(self, model: str, definition: str, level: int) -> None:
+        """Switch a level off that failed and has not been proved since: it was tried on purpose, and did not do."""
+        before = self.of(model, definition, sleeping(level))
+        if before.failures:
+            self._put(before, ok=False)
+
+    def noted(self, model: str, definition: str, level: int, reason: str) -> None:
+        """Note why a level has not been tried."""
+        before = self.of(model, definition, sleeping(level))
+        if before.ok is None and before.reason != reason:
+            self._put(before, reason=reason)
 
     def wrong(self, model: str, definition: str, level: int, reason: str) -> None:
         """Note that an instance's answers were wrong after it had woken: the level is off."""
@@ -202,6 +217,7 @@ def table(known: Iterable[Measured], definitions: Iterable[tuple[str, str]]) -> 
             "residue_bytes": found.residue,
             "host_bytes": found.host,
             "reference_tokens": len(found.reference) if found.mechanism == COLD else None,
+            "reference": "".join(found.reference) if found.mechanism == COLD else None,
             "engine_version": found.version or None,
             "at": found.at,
         }

@@ -58,7 +58,7 @@ async def prove_awake(outside: Outside, hosted: Hosted, address: Address) -> Non
 async def _note_answer(outside: Outside, hosted: Hosted, address: Address) -> None:
     """Keep the version and the answer of a cold start; a failure here only means that it isn't put to sleep."""
     known = outside.measurements
-    known.versioned(hosted.model, hosted.definition, await _version(outside, address))
+    known.versioned(hosted.model, hosted.definition, await _build(outside, hosted, address))
     if not known.wants_answer(hosted.model, hosted.definition):
         return
     try:
@@ -67,6 +67,17 @@ async def _note_answer(outside: Outside, hosted: Hosted, address: Address) -> No
         _log.warning("no greedy answer; it will not be put to sleep", model=hosted.model, reason=str(error))
     else:
         known.answered(hosted.model, hosted.definition, answer)
+
+
+async def _build(outside: Outside, hosted: Hosted, address: Address) -> str:
+    """Return what is started besides what the config says: the engine's version, and somebody else's container.
+
+    That one's image and arguments aren't in the config, and can't change but with its id.
+    """
+    version = await _version(outside, address)
+    if hosted.spec.runtime != "adopted" or hosted.running is None:
+        return version
+    return f"{version or 'unknown'}, container {hosted.running.container[:12]}"
 
 
 async def _version(outside: Outside, address: Address) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Final
 
 import structlog
@@ -17,8 +18,8 @@ from modelswap.orchestrator.hosting import Hosted, Outside
 from modelswap.spec.config import Device as DeviceConfig
 from modelswap.spec.config import Model
 
-WATCH_TERM: Final = 30.0
-"""How long one look goes on after `ReleaseFailed`, in seconds; then comes the next."""
+WATCH_TERM: Final = 5.0
+"""How long one look goes on after `ReleaseFailed`, in seconds; the next is for what the config says by then."""
 WATCH_PAUSE: Final = 1.0
 USUAL_SHARE: Final = 0.95
 """Of what was free last time must be free again, where nobody can tell what the next model needs."""
@@ -35,13 +36,16 @@ async def verify_released(
     model: Model | None,
     engine: Engine | None,
     sleeper: Hosted | None = None,
+    *,
+    current: Callable[[], Model | None] | None = None,
 ) -> None:
     """Report `Released` when ``model`` fits on the device ``name``.
 
     Where nobody can tell what it needs, most of what was free when the device was last empty must be free again. If
     what sleepers hold is what is missing, those least worth it are given up. After ``release_timeout``, strict:
     `ReleaseFailed`, and `Released` when it has come back after all; warn: go on. ``sleeper`` is the model's own
-    instance, if that is to be woken.
+    instance, if that is to be woken. ``current`` returns the model as the config has it by now: to ask for less is one
+    of the remedies.
     """
     needed: int | None = None
     try:
@@ -56,7 +60,7 @@ async def verify_released(
         else:
             _log.error("memory not released", device=name, reason=str(failed))
             outside.post(events.ReleaseFailed(at=outside.clock(), device=name, message=str(failed)))
-            await _until_released(outside, needed)
+            await _until_released(outside, (lambda: model) if current is None else current, engine, sleeper)
             _log.info("memory released after all", device=name)
     outside.post(events.Released(at=outside.clock(), device=name))
 
@@ -88,10 +92,12 @@ def _make_room(outside: Outside, missing: int, but: str) -> None:
     sleepers.give_up(outside, victims, "its device memory is needed")
 
 
-async def _until_released(outside: Outside, needed: int | None) -> None:
+async def _until_released(
+    outside: Outside, current: Callable[[], Model | None], engine: Engine | None, sleeper: Hosted | None
+) -> None:
     while True:
         try:
-            await _verify(outside, needed, WATCH_TERM)
+            await _verify(outside, await _needed(outside.device, current(), engine, sleeper), WATCH_TERM)
         except Exception:  # noqa: BLE001 - as above
             await asyncio.sleep(WATCH_PAUSE)
         else:

@@ -17,7 +17,7 @@ from modelswap.core import events
 from modelswap.core.scheduler import Scheduler
 from modelswap.devices.base import Device, Reading
 from modelswap.engines.base import Engine
-from modelswap.orchestrator import adoption, appearances, preparing, sleepers
+from modelswap.orchestrator import adoption, appearances, hostmemory, preparing, sleepers
 from modelswap.orchestrator.answers import Answers
 from modelswap.orchestrator.calibration import Calibrator
 from modelswap.orchestrator.carrying import Carrier
@@ -130,6 +130,8 @@ class Service:
             publish=self.feed.publish,
         )
         outside.memory.budget = self._host_budget
+        outside.memory.available = lambda: hostmemory.available(contained=self._hosts_processes())
+        outside.memory.total = hostmemory.total(contained=self._hosts_processes())
         outside.measurements.on_took = self.metrics.took
         outside.measurements.on_change = lambda _model: self.chooser.tell()
 
@@ -245,7 +247,7 @@ class Service:
             asleep=found.asleep,
             residue=(left.residue or 0) if found.asleep else 0,
             host_bytes=taken if found.asleep else 0,
-            rounds=1 if found.asleep else 0,
+            levels={found.asleep} if found.asleep else set(),
         )
         self.post(
             events.Adopted(
@@ -274,6 +276,7 @@ class Service:
 
     def _apply(self, configured: Configured) -> None:
         self.configured = configured
+        self.outside.memory.total = hostmemory.total(contained=self._hosts_processes())
         for hosted in self.outside.hosted.values():
             if configured.definitions.get(hosted.model) == hosted.definition:
                 hosted.spec = configured.config.models[hosted.model]
@@ -286,6 +289,10 @@ class Service:
     def _host_budget(self) -> int | None:
         given = self.configured.config.device.host_memory
         return None if given is None else int(given)
+
+    def _hosts_processes(self) -> bool:
+        """Return whether engines live within our own container's limits; what Docker hosts does not."""
+        return any(model.runtime == "process" for model in self.configured.config.models.values())
 
     def _gateway_changed(self, gateway: str, connected: bool) -> None:
         if connected:

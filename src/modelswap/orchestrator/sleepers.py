@@ -18,7 +18,7 @@ from modelswap.engines.programs import local
 from modelswap.orchestrator import hostmemory
 from modelswap.orchestrator.budget import Sleeper
 from modelswap.orchestrator.hosting import Hosted, Outside, pause
-from modelswap.orchestrator.measurements import COLD, sleeping, waking
+from modelswap.orchestrator.measurements import COLD, STANDBY, sleeping, waking
 from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.base import Running
 from modelswap.spec.config import Model
@@ -44,7 +44,7 @@ _log = structlog.get_logger(__name__)
 def sleepers(outside: Outside, *, but: str = "") -> list[Sleeper]:
     """Return what sleeps and could be given up: not what falls asleep, wakes or is being stopped. ``but``: nor this."""
     return [
-        Sleeper(instance=one.instance, model=one.model, host=one.host_bytes, residue=one.residue)
+        _sleeper(one)
         for one in outside.hosted.values()
         if one.asleep and one.instance != but and not (one.given_up or one.leaving or _busy(one))
     ]
@@ -78,9 +78,15 @@ def room(outside: Outside, hosted: Hosted, size: int, current: int) -> int:
     return hostmemory.spare(budget, spent(outside, but=hosted.instance) + size, free, memory.total)
 
 
+def lesser(outside: Outside, model: str, *, but: str = "") -> list[Sleeper]:
+    """Return the sleepers that are clearly worth less than ``model``, for which they may be given up."""
+    own = outside.ranking.credit(model)
+    return [one for one in sleepers(outside, but=but) if outside.ranking.credit(one.model) * CLEARLY <= own]
+
+
 async def expected_host(outside: Outside, hosted: Hosted, level: int) -> tuple[int, int]:
     """Return the host bytes that an instance is expected to take asleep, and what it takes now."""
-    if hosted.rounds and hosted.host_bytes:
+    if level in hosted.levels and hosted.host_bytes:
         return hosted.host_bytes, hosted.host_bytes
     current = await process_bytes(outside, hosted.running)
     known = outside.measurements.of(hosted.model, hosted.definition, sleeping(level)).host
@@ -88,23 +94,24 @@ async def expected_host(outside: Outside, hosted: Hosted, level: int) -> tuple[i
         return max(int(known * SLACK), hosted.host_bytes), current
     weights = 0
     if level == 1:
-        weights = int(PINNED * outside.weights.get(hosted.definition, _held(hosted)))
-    return (current or USUAL_PROCESS) + weights, current
+        known_weights = outside.weights.get(hosted.definition)
+        weights = int(PINNED * (await _held(outside, hosted) if known_weights is None else known_weights))
+    return max((current or USUAL_PROCESS) + weights, hosted.host_bytes), current
 
 
-async def reserve(outside: Outside, hosted: Hosted, size: int, current: int) -> bool:
+async def reserve(outside: Outside, hosted: Hosted, size: int, current: int, *, sparing: str = "") -> bool:
     """Have ``size`` bytes of host memory count for an instance; sleepers that are worth less go for it.
 
-    Returns whether there is room, at the latest after `RESERVE_LIMIT`; until then, nothing counts for it that didn't.
+    ``sparing`` is the model that comes in instead, whose sleeper is about to be woken. Returns whether there is room,
+    at the latest after `RESERVE_LIMIT`; until then, nothing counts for it that didn't.
     """
     began = outside.clock()
     while (missing := -room(outside, hosted, size, current)) > 0:
         leaving = sum(one.host_bytes for one in outside.hosted.values() if one.given_up)
         if leaving < missing:
-            candidates = sleepers(outside, but=hosted.instance)
-            own = outside.ranking.credit(hosted.model)
+            candidates = [one for one in lesser(outside, hosted.model, but=hosted.instance) if one.model != sparing]
             victims = outside.ranking.victims(candidates, need_host=missing - leaving)
-            if not victims or any(outside.ranking.credit(victim.model) * CLEARLY > own for victim in victims):
+            if not victims:
                 return False
             give_up(outside, victims, f"its host memory is needed for {hosted.model}")
         if outside.clock() - began > RESERVE_LIMIT:
@@ -126,22 +133,34 @@ def give_up(outside: Outside, victims: Iterable[Sleeper], reason: str) -> None:
         outside.post(events.DropSleeper(at=outside.clock(), instance=victim.instance, reason=reason))
 
 
-def keep_within(outside: Outside) -> None:
-    """Give up sleepers, the least worth first, if more host memory is spent than may be."""
+def keep_within(outside: Outside, fresh: Hosted | None = None) -> bool:
+    """Give up sleepers, the least worth first, if more host memory is spent than may be.
+
+    ``fresh`` is one that has just been measured in its first sleep. Returns whether it may stay; if it is among those
+    that must go, nobody else goes.
+    """
     leaving = sum(one.host_bytes for one in outside.hosted.values() if one.given_up)
     short = -spare(outside) - leaving
-    if short > 0:
-        victims = outside.ranking.victims(sleepers(outside), need_host=short, partly=True)
-        give_up(outside, victims, "host memory is short")
+    if short <= 0:
+        return True
+    candidates = sleepers(outside)
+    if fresh is not None:
+        candidates.append(_sleeper(fresh))
+    victims = outside.ranking.victims(candidates, need_host=short, partly=True)
+    if fresh is not None and any(victim.instance == fresh.instance for victim in victims):
+        return False
+    give_up(outside, victims, "host memory is short")
+    return True
 
 
 def used(outside: Outside, hosted: Hosted) -> None:
     """Note that a model was asked for, for the ranking."""
     known = outside.measurements
     level = hosted.asleep or 1
-    cold = known.seconds(hosted.model, hosted.definition, COLD) or 0.0
+    starts = (known.seconds(hosted.model, hosted.definition, way) for way in (COLD, STANDBY))
+    start = min((seconds for seconds in starts if seconds is not None), default=0.0)
     awake = known.of(hosted.model, hosted.definition, waking(level))
-    saved = cold - (awake.steady if awake.steady is not None else awake.first or 0.0)
+    saved = start - (awake.steady if awake.steady is not None else awake.first or 0.0)
     size = known.of(hosted.model, hosted.definition, sleeping(level)).host or hosted.host_bytes or USUAL_PROCESS
     outside.ranking.used(hosted.model, saved, size)
 
@@ -163,18 +182,28 @@ def weights_on_disk(spec: Model) -> int | None:
     if named is None:
         return None
     path = (spec.cwd or Path()) / named
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in _WEIGHTS]
     try:
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in _WEIGHTS]
         return sum(file.stat().st_size for file in files) or None
     except OSError:
         return None
 
 
-def _held(hosted: Hosted) -> int:
-    """Return the device bytes that an instance was given, the most that its weights can be."""
+def _sleeper(hosted: Hosted) -> Sleeper:
+    return Sleeper(instance=hosted.instance, model=hosted.model, host=hosted.host_bytes, residue=hosted.residue)
+
+
+async def _held(outside: Outside, hosted: Hosted) -> int:
+    """Return the device bytes that an instance was given, the most that its weights can be.
+
+    Of one that an earlier orchestrator has started that isn't known; nothing but sleepers is beside it on the device.
+    """
     if hosted.spec.memory is not None:
         return int(hosted.spec.memory)
-    return hosted.held or 0
+    if hosted.held is not None:
+        return hosted.held
+    reading = await outside.device.read()
+    return 0 if reading is None else max(reading.total - reading.free - residues(outside, but=hosted.instance), 0)
 
 
 def _busy(hosted: Hosted) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import aiohttp
 import structlog
@@ -35,6 +35,8 @@ LEAST_LIMIT: Final = 10.0
 PATIENCE: Final = 10.0
 """Past so many times its usual time, an engine is thought to hang."""
 SETTLE_LIMIT: Final = 2.0
+GIB: Final = 1 << 30
+_REMEDY: Final = "raise device.host_memory, or have more memory free"
 _LEAST_SLACK: Final = 1 << 28
 _LIKELY_RESIDUE: Final = 2 << 30
 
@@ -42,11 +44,13 @@ _T = TypeVar("_T")
 _log = structlog.get_logger(__name__)
 
 
-async def fall_asleep(outside: Outside, hosted: Hosted, level: int, release_timeout: float) -> None:
+async def fall_asleep(
+    outside: Outside, hosted: Hosted, level: int, release_timeout: float, *, target: str = ""
+) -> None:
     """Have an instance sleep at ``level``; reports `Slept` once its device memory is free, else `SleepFailed`.
 
-    ``release_timeout`` is how long the memory may take to appear as free after the engine said that it sleeps. When
-    cancelled nothing is reported: whoever cancels stops it.
+    ``release_timeout`` is how long the memory may take to appear as free after the engine said that it sleeps.
+    ``target`` is the model that comes in instead. When cancelled nothing is reported: whoever cancels stops it.
     """
     try:
         await cancel(hosted.watch)
@@ -54,25 +58,41 @@ async def fall_asleep(outside: Outside, hosted: Hosted, level: int, release_time
         await outside.journal.lay_down(hosted.instance, level)
         await _quiet(outside, hosted)
         await run_hooks(outside, hosted, "before_unload")
-        await _reserve(outside, hosted, level)
-        await _sleep(outside, hosted, level, release_timeout)
+        before = await _reserve(outside, hosted, level, target)
+        await _sleep(outside, hosted, level, release_timeout, before)
+        if not sleepers.keep_within(outside, hosted):
+            raise NoRoom(f"{hosted.model} takes {hosted.host_bytes / GIB:.1f} GiB of host memory; {_REMEDY}")
         await run_hooks(outside, hosted, "after_unload")
     except (CannotSleep, ModelswapError, aiohttp.ClientError, TimeoutError) as failed:
         reason = str(failed) or "no answer"
-        if not isinstance(failed, NoRoom):
-            outside.measurements.failed(hosted.model, hosted.definition, level, reason)
+        note = outside.measurements.noted if isinstance(failed, NotNow) else outside.measurements.failed
+        note(hosted.model, hosted.definition, level, reason)
         _fail(outside, hosted, reason)
+    except asyncio.CancelledError:
+        hosted.asleep = 0  # whoever cancels it ends an engine that served until now
+        raise
     except Exception as bug:  # a mistake in an engine's or our code must not leave the scheduler waiting
         _fail(outside, hosted, f"internal error: {bug!r}")
         raise
     else:
         _log.info("asleep", model=hosted.model, level=level, residue=hosted.residue, host_bytes=hosted.host_bytes)
         outside.post(events.Slept(at=outside.clock(), instance=hosted.instance))
-        sleepers.keep_within(outside)
 
 
-class NoRoom(CannotSleep):
-    """There is no host memory for it, which says nothing about the engine."""
+class NotNow(CannotSleep):
+    """It can't sleep for a reason that says nothing about the engine's sleep, such as requests that still run."""
+
+
+class NoRoom(NotNow):
+    """There is no host memory for it."""
+
+
+class _Before(NamedTuple):
+    """Bytes of host memory before a sleep: what its processes took, what counted for it, what was free."""
+
+    current: int
+    kept: int
+    free: int
 
 
 async def or_ended(outside: Outside, hosted: Hosted, work: Coroutine[Any, Any, _T]) -> _T:
@@ -110,25 +130,26 @@ async def _quiet(outside: Outside, hosted: Hosted) -> None:
                     return
                 await asyncio.sleep(pause(outside.clock() - began))
     except TimeoutError:
-        raise CannotSleep(f"{hosted.model} is still busy {RUNNING_LIMIT:g} s after it was drained") from None
+        raise NotNow(f"{hosted.model} is still busy {RUNNING_LIMIT:g} s after it was drained") from None
 
 
-async def _reserve(outside: Outside, hosted: Hosted, level: int) -> None:
+async def _reserve(outside: Outside, hosted: Hosted, level: int, target: str) -> _Before:
+    kept = hosted.host_bytes
     size, current = await sleepers.expected_host(outside, hosted, level)
-    if not await sleepers.reserve(outside, hosted, size, current):
-        raise NoRoom(f"{hosted.model} would take {size / (1 << 30):.1f} GiB of host memory asleep; raise host_memory")
+    if not await sleepers.reserve(outside, hosted, size, current, sparing=target):
+        raise NoRoom(f"{hosted.model} would take {size / GIB:.1f} GiB of host memory asleep; {_REMEDY}")
+    return _Before(current, kept, outside.memory.available())
 
 
-async def _sleep(outside: Outside, hosted: Hosted, level: int, release_timeout: float) -> None:
+async def _sleep(outside: Outside, hosted: Hosted, level: int, release_timeout: float, host: _Before) -> None:
     assert hosted.running is not None  # noqa: S101 - for the type checker: it is awake
     known = outside.measurements.of(hosted.model, hosted.definition, sleeping(level))
     before = await outside.device.read()
     if before is None:
         raise CannotSleep("the device's memory can't be read, so that nobody could see it come back")
-    free_host = outside.memory.available()
     began = outside.clock()
     try:
-        usual = known.steady if hosted.rounds else known.first
+        usual = known.steady if level in hosted.levels else known.first
         async with asyncio.timeout(limit(usual, before.total - before.free)):
             work = hosted.engine.sleep(outside.http, hosted.spec, hosted.running.address, level)
             await or_ended(outside, hosted, work)
@@ -140,10 +161,11 @@ async def _sleep(outside: Outside, hosted: Hosted, level: int, release_timeout: 
     if hosted.held is None:
         hosted.held = freed + (known.residue or 0)
     hosted.residue = max(hosted.held - freed, 0)
-    hosted.host_bytes = await _host_bytes(outside, hosted, free_host)
+    taken = await _host_bytes(outside, hosted, level, host)
+    hosted.host_bytes = max(taken, host.kept)
     measured = outside.measurements
-    measured.took(hosted.model, hosted.definition, sleeping(level), seconds, first=not hosted.rounds)
-    measured.slept(hosted.model, hosted.definition, level, residue=hosted.residue, host=hosted.host_bytes)
+    measured.took(hosted.model, hosted.definition, sleeping(level), seconds, first=level not in hosted.levels)
+    measured.slept(hosted.model, hosted.definition, level, residue=hosted.residue, host=taken)
 
 
 async def _released(outside: Outside, hosted: Hosted, before: Reading, residue: int | None, timeout: float) -> Reading:
@@ -153,7 +175,7 @@ async def _released(outside: Outside, hosted: Hosted, before: Reading, residue: 
     wanted = before.free + growth
     try:
         after = await verified_release(outside.device, min(wanted, before.total), timeout, ours=outside.runtime.owns)
-        if residue is None:  # what it leaves behind is measured now: wait until it gives back nothing more
+        if residue is None or held is None:  # what it gives back is measured now: wait until that is all
             after = await verified_release(outside.device, None, min(timeout, SETTLE_LIMIT)) or after
     except NotReleased as kept:
         raise CannotSleep(f"{hosted.model} said that it sleeps, but {kept}") from kept
@@ -169,17 +191,19 @@ def _allowed(residue: int | None, held: int) -> int:
     return min(max(held // 4, _LIKELY_RESIDUE), held * 6 // 10)
 
 
-async def _host_bytes(outside: Outside, hosted: Hosted, free_before: int) -> int:
+async def _host_bytes(outside: Outside, hosted: Hosted, level: int, before: _Before) -> int:
     """Return the host memory that a sleeper takes.
 
-    What a driver pins for a process isn't always counted as its own; then only the host's free memory tells.
+    What a driver pins for a process isn't always counted as its own; then only the host's free memory tells. Others
+    may have freed some at the same time, but at level 1 its weights are there.
     """
-    if hosted.rounds:
+    if level in hosted.levels:
         return hosted.host_bytes  # it keeps what it has pinned, and looking takes time
     own = await sleepers.process_bytes(outside, hosted.running)
     if outside.device.kind in ("nvml", "amdgpu"):
-        current = own or sleepers.USUAL_PROCESS
-        return max(own, min(current + max(free_before - outside.memory.available(), 0), hosted.host_bytes))
+        least = outside.weights.get(hosted.definition, 0) if level == 1 else 0
+        pinned = max(before.free - outside.memory.available(), least)
+        return max(own, min((before.current or sleepers.USUAL_PROCESS) + pinned, hosted.host_bytes))
     return own or hosted.host_bytes
 
 

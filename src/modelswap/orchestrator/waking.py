@@ -77,7 +77,7 @@ async def _once(outside: Outside, hosted: Hosted, level: int) -> None:
     known = outside.measurements.of(hosted.model, hosted.definition, waking(level))
     began = outside.clock()
     try:
-        usual = known.steady if hosted.rounds else known.first
+        usual = known.steady if level in hosted.levels else known.first
         size = hosted.held if hosted.held is not None else 1 << 40
         async with asyncio.timeout(limit(usual, size)):
             await or_ended(
@@ -115,9 +115,9 @@ async def _prove(outside: Outside, hosted: Hosted, level: int) -> None:
 def _awake(outside: Outside, hosted: Hosted, level: int, seconds: float) -> None:
     assert hosted.running is not None  # noqa: S101 - for the type checker: it answers
     measured = outside.measurements
-    measured.took(hosted.model, hosted.definition, waking(level), seconds, first=not hosted.rounds)
+    measured.took(hosted.model, hosted.definition, waking(level), seconds, first=level not in hosted.levels)
     measured.proved(hosted.model, hosted.definition, level)
-    hosted.rounds += 1
+    hosted.levels.add(level)
     hosted.asleep = 0
     outside.journal.woke(hosted.instance)
     address = hosted.running.address

@@ -90,9 +90,8 @@ class Chooser:
     def _room(self, configured: Configured, name: str, reading: Reading, hosted: Hosted | None) -> Room:
         """Return what is left if every sleeper goes that is worth less."""
         outside = self._outside
-        own = outside.ranking.credit(name)
         mine = hosted.instance if hosted is not None else ""
-        lesser = [s for s in sleepers.sleepers(outside, but=mine) if outside.ranking.credit(s.model) <= own]
+        lesser = sleepers.lesser(outside, name, but=mine)
         memory = outside.memory
         spare = hostmemory.spare(memory.budget(), sleepers.spent(outside), memory.available(), memory.total)
         needs = list(_needs(configured, name, reading.total))

@@ -91,8 +91,7 @@ class Control:
         measured: list[dict[str, Any]] = []
 
         async def work() -> None:
-            for model in models:
-                measured.extend(await self._service.calibrator.calibrate(model))
+            measured.extend(await self._service.calibrator.calibrate(*models))
 
         await self._first(request, work())
         return JSONResponse({"models": models, "measurements": measured, "status": "calibrated"})
