@@ -30,6 +30,22 @@ def test_a_containers_limit_counts(tmp_path: Path, files: dict[str, str]) -> Non
     assert available(_cgroup(tmp_path, files)) == 600_000
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"memory.max": "1000000", "memory.current": "900000", "memory.stat": "anon 400000\ninactive_file 300000"},
+        {
+            "memory/memory.limit_in_bytes": "1000000",
+            "memory/memory.usage_in_bytes": "900000",
+            "memory/memory.stat": "inactive_file 7\ntotal_inactive_file 300000",
+        },
+    ],
+)
+def test_files_that_the_kernel_would_drop_are_not_used_up(tmp_path: Path, files: dict[str, str]) -> None:
+    """A limit counts the page cache, too: reading weights takes nothing away that couldn't be had back at once."""
+    assert available(_cgroup(tmp_path, files)) == 400_000
+
+
 def test_without_a_limit_the_machine_counts(tmp_path: Path) -> None:
     """No limit, or none that can be read, leaves what the machine has."""
     total = psutil.virtual_memory().total

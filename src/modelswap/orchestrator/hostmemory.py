@@ -12,17 +12,26 @@ RESERVE_SHARE: Final = 0.1
 LEAST_RESERVE: Final = 2 * GIB
 """What is left alone: a tenth of all, and at least this much, so that the kernel's OOM killer has no reason to act."""
 
-_CGROUP_2: Final = ("memory.max", "memory.current")
-_CGROUP_1: Final = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
+_CGROUP_2: Final = ("memory.max", "memory.current", "memory.stat", "inactive_file")
+_CGROUP_1: Final = (
+    "memory/memory.limit_in_bytes",
+    "memory/memory.usage_in_bytes",
+    "memory/memory.stat",
+    "total_inactive_file",
+)
 
 
 def available(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the bytes of host memory that could be had now, within our own container's limit if it has one."""
+    """Return the bytes of host memory that could be had now, within our own container's limit if it has one.
+
+    Cached files that nobody has read twice lately can be had: the kernel drops them first, and no tool counts them
+    as used (``docker stats``, kubelet), though a limit's own count does.
+    """
     free = int(psutil.virtual_memory().available)
-    for limit_name, used_name in (_CGROUP_2, _CGROUP_1):
+    for limit_name, used_name, details, droppable in (_CGROUP_2, _CGROUP_1):
         limit, used = _number(root / limit_name), _number(root / used_name)
         if limit is not None and used is not None:
-            free = min(free, max(0, limit - used))
+            free = min(free, max(0, limit - max(0, used - _detail(root / details, droppable))))
     return free
 
 
@@ -43,3 +52,12 @@ def _number(path: Path) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdecimal() else None
+
+
+def _detail(path: Path, wanted: str) -> int:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    found = next((value for name, _, value in (line.partition(" ") for line in lines) if name == wanted), "")
+    return int(found) if found.isdecimal() else 0
