@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final, Protocol
 
 import structlog
@@ -38,6 +39,10 @@ class Weights(Protocol):
         """Return the bytes of a model's weights; None if they aren't all here, or are none of ours."""
         ...
 
+    async def files(self, name: str, spec: Model) -> list[Path]:
+        """Return the files that a start of a model loads and that we see, in the order in which they are read."""
+        ...
+
 
 class NoWeights:
     """`Weights` where engines see to their own."""
@@ -52,6 +57,10 @@ class NoWeights:
     async def size(self, name: str, spec: Model) -> int | None:
         """See `Weights`."""
         return None
+
+    async def files(self, name: str, spec: Model) -> list[Path]:
+        """See `Weights`."""
+        return []
 
 
 def needed(spec: Model, weights: Weights) -> bool:
