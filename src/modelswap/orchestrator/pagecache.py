@@ -11,7 +11,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -24,6 +24,14 @@ CHUNK: Final = 4 << 20
 """Bytes that are read at once, into the one buffer there is; between two it can be given up."""
 LOOK_EVERY: Final = 64
 """After how many chunks it is looked anew whether memory is left."""
+
+STRETCH: Final = 16
+"""How many chunks are looked at together, whether they are all cached, before the stretch ahead of theirs is read.
+
+So what the kernel reads ahead of us by itself (twice ``read_ahead_kb`` at most) doesn't pass for cached already: it
+would be neither counted nor slowed down. Looking at each chunk took 1.6 times as long on a virtual disk that gives
+1 GiB/s, since a look that finds nothing has a page read.
+"""
 
 _STEP: Final = 128 << 10
 # Ahead of the engine's own reading the disk is ours, beside it nobody is to wait for us. Not the idle class: who needs
@@ -111,39 +119,51 @@ class _Reader:
         self._chunks = 0
 
     def read(self, file: Path) -> Outcome:
-        # A pipe would keep us waiting for its other end.
-        number = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
+        with _opened(file) as number, _opened(file) as probe:
             found = os.fstat(number)
-            return self._read(number, found.st_size) if stat.S_ISREG(found.st_mode) else Outcome.DONE
-        finally:
-            os.close(number)
+            if not stat.S_ISREG(found.st_mode):
+                return Outcome.DONE
+            _advise(number, "POSIX_FADV_SEQUENTIAL")
+            _advise(probe, "POSIX_FADV_RANDOM")
+            return self._read(number, probe, found.st_size)
 
-    def _read(self, file: int, size: int) -> Outcome:
-        if hasattr(os, "posix_fadvise"):
-            # Then the kernel reads what it is asked for and nothing beyond, which would be beyond the rate.
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
-        at = 0
-        while at < size:
+    def _read(self, file: int, probe: int, size: int) -> Outcome:
+        stretch = STRETCH * CHUNK
+        stretches = [(at, min(stretch, size - at)) for at in range(0, size, stretch)]
+        looked: list[bool] = []
+        for at in range(0, size, CHUNK):
+            length, here = min(CHUNK, size - at), at // stretch
             if self._chunks % LOOK_EVERY == 0 and self._room() < self._tally.left:
                 return Outcome.NO_ROOM
             self._chunks += 1
-            length = min(CHUNK, size - at)
-            began = self._clock()
-            if is_cached(file, at, length):
+            looked += (is_cached(probe, *each) for each in stretches[len(looked) : here + 2])
+            began, came, rest = self._clock(), length, 0.0
+            if looked[here]:
                 self._tally.cached += length
-                at += length
-                rest = 0.0
             else:
                 came = os.preadv(file, [self._buffer[:length]], at)
-                if came == 0:
-                    break  # it has become shorter
                 self._tally.read += came
-                at += came
                 rest = max(0.0, came / self._rate - (self._clock() - began))
             if self._pause(rest):
                 return Outcome.STOPPED
+            if came < length:
+                break  # it has become shorter
         return Outcome.DONE
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[int]:
+    # A pipe would keep us waiting for its other end.
+    number = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        yield number
+    finally:
+        os.close(number)
+
+
+def _advise(number: int, advice: str) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(number, 0, 0, getattr(os, advice))
 
 
 def is_cached(file: int, at: int, length: int) -> bool:
