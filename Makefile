@@ -10,7 +10,7 @@ COMPILE = $(BIN)/uv pip compile --universal --python-version 3.11 --generate-has
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check unit format lock schema image clean \
-        test-docker test-long test-openvino test-llamacpp test-vllm bench-docker bench-swap bench-relay bench-llamacpp bench-sched
+        test-docker test-long test-openvino test-llamacpp test-vllm bench-docker bench-swap bench-relay bench-llamacpp bench-readahead bench-sched
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 20
@@ -69,6 +69,9 @@ bench-swap: $(STAMP)  ## real vLLM, cold against standby (needs what test-vllm n
 
 bench-relay: $(STAMP)  ## the relay's CPU per request and per event against nginx's (needs nginx)
 	@$(BIN)/python bench/relay.py $(ARGS)
+
+bench-readahead: $(STAMP)  ## reading weights off the disk against reading them once read ahead (writes a few GiB)
+	@$(BIN)/python bench/readahead.py $(ARGS)
 
 bench-sched: $(STAMP)  ## scheduling policies in virtual time
 	@$(BIN)/python bench/sched.py $(ARGS)

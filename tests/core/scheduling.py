@@ -293,9 +293,9 @@ class Bench:
         self.usage(name, 0, gateway)
         self.out.clear()
 
-    def lull(self, name: str, other: str) -> None:
+    def lull(self, name: str, other: str, level: int = 1) -> None:
         """Swap from ``name``, which falls asleep, to ``other``, which serves one request and is idle then."""
-        self.sleeps(name)
+        self.sleeps(name, level=level)
         self.reside(name, 801)
         self.want(other, 802)
         self.after(5)

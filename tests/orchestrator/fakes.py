@@ -22,6 +22,7 @@ from modelswap.orchestrator.facts import Configured
 from modelswap.orchestrator.hosting import Hosted, Outside, engine_session
 from modelswap.orchestrator.journal import Journal
 from modelswap.orchestrator.measurements import Measurements
+from modelswap.orchestrator.preparing import NoWeights, Weights
 from modelswap.orchestrator.service import Parts, Service, running
 from modelswap.orchestrator.store import Store
 from modelswap.protocol.errors import ModelswapError
@@ -424,6 +425,7 @@ class Bench:
         self.engine = FakeEngine()
         self.config = config()
         self.load_error: ModelswapError | None = None
+        self.weights: Weights = NoWeights()
 
     def _load(self, path: Path) -> Config:
         if self.load_error is not None:
@@ -439,6 +441,7 @@ class Bench:
             load=self._load,
             token=TOKEN,
             database=self.folder / "modelswap.db",
+            weights=self.weights,
         )
 
     def configured(self) -> Configured:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +51,10 @@ class FakeWeights(NoWeights):
     async def size(self, name: str, spec: Model) -> int | None:
         """See `Weights`."""
         return 1000
+
+    async def files(self, name: str, spec: Model) -> list[Path]:
+        """See `Weights`."""
+        return []
 
 
 class Job:

@@ -37,7 +37,7 @@ ONE = [
     pytest.param(
         "models: {a: {model: m}}\ndevice: {zzz: 1}",
         "m.yaml:2: device.zzz: unknown key; the keys here are kind, index, ledger, release_timeout, on_release_timeout,"
-        " host_memory",
+        " host_memory, read_ahead",
         id="unknown key, none near",
     ),
     pytest.param(

@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 
 from modelswap.spec.config import Model
 from modelswap.testing.waiting import until
-from modelswap.weights import errors
+from modelswap.weights import errors, places
 from modelswap.weights.download import STAGE, HubWeights, prepare_weights
 from tests.weights.hub import Hub, Repository, serving
 
@@ -411,3 +411,26 @@ async def test_what_can_never_be_taken_up_is_cleared_away(hub: Hub, env: dict[st
     with FileLock(lock):
         await prepare(env)
     assert [path.exists() for path in (old, young, held)] == [False, True, True]
+
+
+async def test_the_files_of_a_download_are_told_where_the_engine_looks(hub: Hub, env: dict[str, str]) -> None:
+    """Those that are loaded, as paths that lead to them; of what isn't all here yet, none."""
+    assert await HubWeights(env).files("m", spec()) == []
+    await prepare(env)
+    files = await HubWeights(env).files("m", spec())
+    assert [file.name for file in files] == [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "tokenizer.json",
+    ]
+    assert all(file.is_file() for file in files)
+    assert await HubWeights(env, places.Unseen.CACHE).files("m", spec(image="vllm")) == []
+
+
+async def test_files_that_an_older_program_downloaded_are_told(hub: Hub, env: dict[str, str]) -> None:
+    """It has left no listing of what belongs to them."""
+    await prepare(env)
+    for listing in Path(env["HF_HOME"], "hub", "models--org--tiny", "trees").iterdir():
+        listing.unlink()
+    assert len(await HubWeights(env).files("m", spec())) == 4

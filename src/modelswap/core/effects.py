@@ -75,6 +75,18 @@ class Prepare(Effect, frozen=True):
     definition: str
 
 
+class ReadAhead(Effect, frozen=True):
+    """Read the weights of the model that comes in next on a device into host memory's page cache; None: no more.
+
+    Takes the place of the device's last one, which ends at once. It reports nothing, and nothing waits for it: it may
+    be left undone.
+    """
+
+    device: str
+    model: str | None
+    definition: str = ""
+
+
 class TurnAway(Effect, frozen=True):
     """Stop an instance that somebody else started while its device was another's, and tell; it never counted.
 

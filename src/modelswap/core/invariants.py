@@ -9,6 +9,7 @@ from modelswap.core.swap import Phase
 from modelswap.core.world import DeviceRecord, Instance, World
 
 _COMING = frozenset({InstanceState.STARTING, InstanceState.WAKING})
+_LOADS = frozenset({InstanceState.ABSENT, InstanceState.FAILED, InstanceState.STARTING})
 _SLEEPING = frozenset({InstanceState.ASLEEP, InstanceState.STOPPING})
 
 
@@ -25,6 +26,7 @@ def check(world: World) -> None:
         _slots(instance)
         _leases(world, instance)
     _tickets(world)
+    _reading_ahead(world)
 
 
 def _claim(held: bool, message: str) -> None:
@@ -121,3 +123,12 @@ def _tickets(world: World) -> None:
         if record is not None and not record.prepared and record.preparation.state is Preparedness.NEEDED:
             _claim(preparing.serves(world, record), f"{model}: waited for, but nobody prepares it")
     _claim(set(world.ensures) == {t.key[1] for t in world.waiting if t.gateway == ADMIN}, "requests without tickets")
+
+
+def _reading_ahead(world: World) -> None:
+    for device, (model, _) in world.ahead.items():
+        _claim(not world.devices[device].private, f"{model} is read ahead, though it needs no device")
+        _claim(world.waiting.line(model).count > 0, f"{model} is read ahead for nobody")
+        instance = world.instance_of(model)
+        emptied = instance is not None and instance.state is InstanceState.ASLEEP and instance.asleep > 1
+        _claim(emptied or world.state_of(model) in _LOADS, f"{model} is read ahead while it is {world.state_of(model)}")

@@ -9,6 +9,7 @@ from modelswap.core import (
     appearing,
     effects,
     events,
+    foreseeing,
     idling,
     invariants,
     leasing,
@@ -368,6 +369,7 @@ class Scheduler:
             swapping.advance(world, device)
             swapping.decide(world, device, self._policy)
         preparing.begin(world)
+        foreseeing.foresee(world)
         self._answer_unloads()
         if world.catalog_changed:
             world.catalog_changed = False

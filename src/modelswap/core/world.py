@@ -207,6 +207,8 @@ class World:
     """Gateways that may use leases we don't know of, and until when: they would have said hello again by then."""
     fences: set[tuple[str, Epoch]] = field(default_factory=set)
     """Leases on instances that are gone, which their gateways have been told to close but haven't drained yet."""
+    ahead: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Model and definition that were last said to be read ahead, by device."""
     shutting_down: bool = False
     catalog_changed: bool = False
     progress_at: float = 0.0

@@ -52,7 +52,12 @@ class OpenVino:
             raise CannotServe(f"{name}: the openvino engine has no adapters; remove them, or use vllm or llamacpp")
         if model.canary == "embedding":
             raise CannotServe(f"{name}: the openvino engine makes no embeddings; use canary: chat")
-        argv = [*(model.program or (sys.executable, "-m", _MODULE)), "--cache-dir", str(_cache(self._env)), *model.args]
+        argv = [
+            *(model.program or (sys.executable, "-m", _MODULE)),
+            "--cache-dir",
+            str(cache_folder(self._env)),
+            *model.args,
+        ]
         argv += ["--model", str(_weights(model))]
         for served in (name, *model.aliases):
             argv += ["--served-name", served]
@@ -136,7 +141,7 @@ class OpenVino:
         """Look for the known causes, which the server names itself; else for the last error line."""
         found = explain(_CAUSES, exit_code, log)
         if exit_code in {-signal.SIGSEGV, -signal.SIGBUS}:
-            remedy = f"the model's file may be damaged; if it isn't, remove {_cache(self._env)} and try again"
+            remedy = f"the model's file may be damaged; if it isn't, remove {cache_folder(self._env)} and try again"
             return Diagnosis(f"{found.reason}; {remedy}", permanent=True)
         return found
 
@@ -151,7 +156,8 @@ def _weights(model: Model) -> Path:
     return path
 
 
-def _cache(env: Mapping[str, str]) -> Path:
+def cache_folder(env: Mapping[str, str]) -> Path:
+    """Return where converted models are kept unless ``--cache-dir`` says otherwise."""
     base = Path(env.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path.home() / ".cache") / "modelswap" / "openvino"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 import structlog
@@ -29,7 +29,8 @@ from modelswap.orchestrator.history import History
 from modelswap.orchestrator.hosting import Hosted, Outside, Preparing
 from modelswap.orchestrator.links import Links
 from modelswap.orchestrator.metrics import CANARY, Metrics
-from modelswap.orchestrator.preparing import NoWeights, Weights
+from modelswap.orchestrator.preparing import Weights
+from modelswap.orchestrator.reading_ahead import ReadingAhead
 from modelswap.orchestrator.tasks import Tasks
 from modelswap.protocol.errors import Code
 from modelswap.protocol.messages import Open, OrchestratorMessage
@@ -51,7 +52,8 @@ class Carrier:
     tasks: Tasks
     configured: Callable[[], Configured]
     on_finished: Callable[[], None]
-    weights: Weights = field(default_factory=NoWeights)
+    weights: Weights
+    ahead: ReadingAhead
 
     def carry(self, effect: effects.Effect) -> None:
         """Carry out one effect; what takes time goes on as a task and reports with an event."""
@@ -79,6 +81,8 @@ class Carrier:
                     hosted.watch = self.tasks.start(work, f"watch {effect.instance}")
             case effects.Prepare():
                 self._prepare(effect)
+            case effects.ReadAhead():
+                self.ahead.turn_to(effect)
             case effects.TurnAway():
                 self._turn_away(effect)
             case effects.Probe():

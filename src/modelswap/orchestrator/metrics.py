@@ -27,6 +27,7 @@ _PAIRS_UP_TO: Final = 12
 _SWAP_LABELS: Final = ("from", "to", "mechanism", "outcome")
 _MECHANISMS: Final = ("cold", "standby", "wake1", "wake2", "stop", "sleep1", "sleep2")
 _PREPARED: Final = ("ok", "failed")
+_SOURCES: Final = ("disk", "cache")
 _FOREIGN: Final = ("adopted", "stopped")
 _OUTCOMES: Final = ("granted", "refused", "forgotten")
 
@@ -98,6 +99,12 @@ class Metrics:
             buckets=SWAP_BUCKETS,
             registry=self.registry,
         )
+        self._read_ahead_bytes = self._counter(
+            "modelswap_read_ahead_bytes_total", "Weights read into the page cache ahead of a swap", "model", "source"
+        )
+        self._read_ahead_seconds = self._counter(
+            "modelswap_read_ahead_seconds_total", "Time spent on reading weights ahead of a swap", "model"
+        )
         self._host_memory = self._gauge("modelswap_host_memory_bytes", "Of sleepers and standbys", "kind")
         self._asleep = self._gauge("modelswap_sleepers", "Models that are asleep")
         self._foreign_starts = self._counter(
@@ -131,6 +138,9 @@ class Metrics:
             self._failures.labels(name)
             for ended in _PREPARED:
                 self._prepare_seconds.labels(name, ended)
+            for source in _SOURCES:
+                self._read_ahead_bytes.labels(name, source)
+            self._read_ahead_seconds.labels(name)
             for became in _FOREIGN:
                 self._foreign_starts.labels(name, became)
             for mechanism in _MECHANISMS:
@@ -178,6 +188,13 @@ class Metrics:
         """Note that a model has been made ready, or could not be."""
         if model in self._models:
             self._prepare_seconds.labels(model, "ok" if well else "failed").observe(seconds)
+
+    def read_ahead(self, model: str, read: int, cached: int, seconds: float) -> None:
+        """Note the bytes of a model's weights that were ``read``, those that were ``cached`` already, and the time."""
+        if model in self._models:
+            self._read_ahead_bytes.labels(model, "disk").inc(read)
+            self._read_ahead_bytes.labels(model, "cache").inc(cached)
+            self._read_ahead_seconds.labels(model).inc(seconds)
 
     def took(self, model: str, mechanism: str, seconds: float) -> None:
         """Note how long it took to bring a model in, or to put it out, in one of the ways."""

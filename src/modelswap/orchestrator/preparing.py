@@ -43,6 +43,10 @@ class Weights(Protocol):
         """Return the folder that a model is loaded from, as we see it; None if it isn't here, or can't be seen."""
         ...
 
+    async def files(self, name: str, spec: Model) -> list[Path]:
+        """Return the files that a start of a model loads and that we see, in the order in which they are read."""
+        ...
+
 
 class NoWeights:
     """`Weights` where engines see to their own."""
@@ -61,6 +65,10 @@ class NoWeights:
     async def folder(self, name: str, spec: Model) -> Path | None:
         """See `Weights`."""
         return None
+
+    async def files(self, name: str, spec: Model) -> list[Path]:
+        """See `Weights`."""
+        return []
 
 
 def needed(spec: Model, weights: Weights) -> bool:

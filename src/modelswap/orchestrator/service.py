@@ -30,6 +30,7 @@ from modelswap.orchestrator.links import Links
 from modelswap.orchestrator.measurements import Measurements, sleeping
 from modelswap.orchestrator.metrics import Metrics
 from modelswap.orchestrator.preparing import NoWeights, Weights
+from modelswap.orchestrator.reading_ahead import ReadingAhead
 from modelswap.orchestrator.shell import Shell
 from modelswap.orchestrator.store import Store
 from modelswap.orchestrator.tasks import Tasks
@@ -105,6 +106,9 @@ class Service:
             term=lambda: self.configured.config.orchestrator.term,
             on_change=self._gateway_changed,
         )
+        self.reading_ahead = ReadingAhead(
+            outside, parts.weights, self.metrics, self.tasks, configured=lambda: self.configured
+        )
         self._carrier = Carrier(
             outside=outside,
             links=self.links,
@@ -116,6 +120,7 @@ class Service:
             configured=lambda: self.configured,
             on_finished=self.finished.set,
             weights=parts.weights,
+            ahead=self.reading_ahead,
         )
         self.shell = Shell(scheduler, self._carrier.carry, clock=parts.clock, lag=self.metrics.lag)
         self.metrics.configure(configured.config.models, [DEVICE])

@@ -1,7 +1,8 @@
 """What of a `Stepped` world can make a difference to its future, with names and numbers made canonical.
 
-Left out are times (an explored world's clock stands still), counters that only grow, and what was recorded. Numbers
-of epochs, instances, tickets and requests become ranks among those that are still about.
+Left out are times (an explored world's clock stands still), counters that only grow, what was recorded, and what was
+last said of reading ahead, which follows from the rest. Numbers of epochs, instances, tickets and requests become ranks
+among those that are still about.
 """
 
 from __future__ import annotations

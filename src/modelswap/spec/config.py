@@ -257,6 +257,8 @@ class Device(Strict):
     """Then: refuse with the holders' names and keep watching, or go on with a warning."""
     host_memory: Bytes | None = None
     """Host memory that sleeping models and standbys may take. Default: a safe part of what is available; 0 = none."""
+    read_ahead: Bytes = ByteSize(1024 * 1024 * 1024)
+    """While a model waits for the device, its weights are read into the page cache: bytes per second; 0 = never."""
 
     @model_validator(mode="after")
     def _ledger_goes_with_simulated(self) -> Device:

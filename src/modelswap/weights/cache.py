@@ -17,19 +17,24 @@ from typing import Final
 import msgspec
 
 from modelswap.engines.paths import is_there
-from modelswap.weights.repo import ALL, MAIN, Repo, choose, is_weights
+from modelswap.weights.repo import ALL, MAIN, Repo, choose, is_weights, shards
 
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
-_SHARD: Final = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<kind>\.\w+)")
 _CONFIGS: Final = ("config.json", "params.json")
 _FORMAT: Final = 1
 
 
 class Found(msgspec.Struct, frozen=True):
-    """A snapshot: its folder, and how many bytes of it are what was asked for."""
+    """A snapshot: its folder, what of it was asked for, and how many bytes that is."""
 
     path: Path
+    names: tuple[str, ...]
     size: int
+
+    @property
+    def files(self) -> list[Path]:
+        """What was asked for, as paths."""
+        return [self.path / name for name in self.names]
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -85,7 +90,7 @@ def usable(repo: Repo, hub: Path) -> Found | None:
     if commit is None:
         return None
     snapshot = folder_of(repo.repo, hub) / "snapshots" / commit
-    names = choose(repo, sorted(_files(snapshot)))
+    names = choose(repo, sorted(names_in(snapshot)))
     return _found(snapshot, names) if _looks_right(repo, snapshot, names) else None
 
 
@@ -96,6 +101,15 @@ def listing(repo: str, commit: str, hub: Path) -> dict[str, Entry] | None:
         if tree.format_version == _FORMAT:
             return tree.files
     return None
+
+
+def names_in(folder: Path) -> Iterator[str]:
+    """Yield all files in a folder and below, by their paths from there."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = Path(place, name)
+            if is_there(path):
+                yield path.relative_to(folder).as_posix()
 
 
 def _commit(repo: Repo, hub: Path) -> str | None:
@@ -114,15 +128,7 @@ def _found(snapshot: Path, names: list[str]) -> Found | None:
             size += (snapshot / name).stat().st_size
         except OSError:  # no file, or a link to a blob that has gone
             return None
-    return Found(snapshot, size)
-
-
-def _files(snapshot: Path) -> Iterator[str]:
-    for folder, _, names in os.walk(snapshot):
-        for name in names:
-            path = Path(folder, name)
-            if is_there(path):
-                yield path.relative_to(snapshot).as_posix()
+    return Found(snapshot, tuple(names), size)
 
 
 def _looks_right(repo: Repo, snapshot: Path, names: list[str]) -> bool:
@@ -143,10 +149,4 @@ def _unbroken(snapshot: Path, weights: set[str]) -> bool:
             # There may be an index of another format besides, of which nothing was asked for.
             if named & weights and not named <= weights:
                 return False
-    for name in weights:
-        match = _SHARD.fullmatch(name)
-        if match is not None:
-            stem, count, kind = match["stem"], match["count"], match["kind"]
-            if any(f"{stem}-{number:05}-of-{count}{kind}" not in weights for number in range(1, int(count) + 1)):
-                return False
-    return True
+    return all(weights.issuperset(shards(name)) for name in weights)

@@ -16,7 +16,7 @@ import msgspec
 
 from modelswap.runtimes.base import Report
 from modelswap.spec.config import Model
-from modelswap.weights import cache, places, plan, wire
+from modelswap.weights import cache, local, places, plan, wire
 from modelswap.weights.errors import Interrupted, WeightsUnavailable
 from modelswap.weights.explain import explain, redacted
 from modelswap.weights.plan import Wanted
@@ -113,6 +113,19 @@ class HubWeights:
         hub = Path(first.folder) if first.folder else places.hub_cache(task[1])
         found = cache.complete(first, hub) or cache.usable(first, hub)
         return None if found is None else found.path
+
+    async def files(self, name: str, spec: Model) -> list[Path]:
+        """Return the files that a start of a model loads and that we see, in the order in which they are read."""
+        return await asyncio.to_thread(self._files, name, spec)
+
+    def _files(self, name: str, spec: Model) -> list[Path]:
+        found = local.files(spec, self._env, seen=self._seen)
+        task = self._task(name, spec)
+        if task is not None:
+            wanted, env = task
+            for snapshot in _each(wanted, places.hub_cache(env), _complete_or_usable):
+                found += snapshot.files
+        return found
 
     def _task(self, name: str, spec: Model) -> tuple[Wanted, dict[str, str]] | None:
         found = plan.wanted(name, spec, mounted=self._mounted(spec))
@@ -264,3 +277,7 @@ def _each(wanted: Wanted, hub: Path, look: Callable[[Repo, Path], cache.Found | 
         if found is None:
             return
         yield found
+
+
+def _complete_or_usable(repo: Repo, hub: Path) -> cache.Found | None:
+    return cache.complete(repo, hub) or cache.usable(repo, hub)

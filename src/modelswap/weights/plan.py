@@ -76,8 +76,8 @@ def wanted(
     if folder is not None and spec.runtime != "process":
         return None  # it is a folder of the container's own
     here = local if spec.runtime == "process" else _nothing_here
-    repos = [repo for repo in _repos(spec) if hub_id(repo.repo) and not here(repo.repo, spec)]
-    return Wanted(name, tuple(dict.fromkeys(repos))) if repos else None
+    found = [repo for repo in repos(spec) if hub_id(repo.repo) and not here(repo.repo, spec)]
+    return Wanted(name, tuple(dict.fromkeys(found))) if found else None
 
 
 def hub_id(text: str) -> bool:
@@ -94,7 +94,8 @@ def _from_modelscope(spec: Model) -> bool:
     return any(text.lower() in ("1", "true") for text in said)
 
 
-def _repos(spec: Model) -> Iterator[Repo]:
+def repos(spec: Model) -> Iterator[Repo]:
+    """Yield all that vLLM or SGLang are told to load, be it of the hub or a file or folder by its path."""
     args = spec.args
     revision, folder = options.value(args, "--revision"), options.value(args, "--download-dir")
     ignore = tuple(_listed(args, "--ignore-patterns")) or IGNORED

@@ -5,6 +5,7 @@ Apart from `plan`, since the process that downloads needs no more than this.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Final
@@ -18,6 +19,8 @@ ALL: Final = ("*",)
 
 IGNORED: Final = ("original/**/*",)
 """What is left out unless something else is said."""
+
+_SHARD: Final = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<kind>\.\w+)")
 
 # Never read, however small.
 _ASIDE: Final = ("original/*", "onnx/*", "openvino/*", "coreml/*", "metal/*")
@@ -40,6 +43,15 @@ class Repo(msgspec.Struct, frozen=True, kw_only=True):
     ignore: tuple[str, ...] = IGNORED
     extra: tuple[str, ...] = _SMALL
     folder: str | None = None
+
+
+def shards(name: str) -> list[str]:
+    """Return all files of one that was split (``name-00001-of-00003.gguf``), in their order; else the one itself."""
+    match = _SHARD.fullmatch(name)
+    if match is None:
+        return [name]
+    stem, count, kind = match["stem"], match["count"], match["kind"]
+    return [f"{stem}-{number:05}-of-{count}{kind}" for number in range(1, int(count) + 1)]
 
 
 def choose(repo: Repo, names: Iterable[str]) -> list[str]:

@@ -12,7 +12,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -70,6 +70,16 @@ class Folder:
     def discard(self) -> None:
         """Remove it, if it is there."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def made_of(source: Path, cache: Path) -> Path | None:
+    """Return the folder in which is kept what was made of a file, in whatever state that was; None if there is none."""
+    with suppress(OSError):
+        for folder in cache.iterdir():
+            made = Folder(folder / "model")
+            if ((made.facts() or {}).get("source")) == str(source.resolve()):
+                return folder
+    return None
 
 
 def identity(file: Path, version: str) -> str:

@@ -147,7 +147,8 @@ class Views:
 
     def _memory(self, device: str) -> dict[str, Any]:
         outside = self._service.device
-        told: dict[str, Any] = {"kind": outside.kind, "title": outside.name, "memory": None}
+        ahead = self._service.reading_ahead.told(device)
+        told: dict[str, Any] = {"kind": outside.kind, "title": outside.name, "memory": None, "reading_ahead": ahead}
         reading = self._service.reading
         if reading is not None:
             told["memory"] = msgspec.to_builtins(reading)
