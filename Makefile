@@ -10,7 +10,8 @@ COMPILE = $(BIN)/uv pip compile --universal --python-version 3.11 --generate-has
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check unit format lock schema image clean \
-        test-docker test-long test-openvino test-llamacpp test-vllm bench-docker bench-swap bench-relay bench-llamacpp bench-readahead bench-sched
+        test-docker test-long test-openvino test-llamacpp test-vllm \
+        bench-docker bench-swap bench-relay bench-llamacpp bench-readahead bench-sched bench-gpu
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  \1\t/' | expand -t 20
@@ -66,6 +67,9 @@ bench-docker: $(STAMP)  ## swaps of containers against stopping and starting the
 
 bench-swap: $(STAMP)  ## real vLLM, cold against standby (needs what test-vllm needs; ARGS=--containers)
 	@$(BIN)/python bench/swap.py $(ARGS)
+
+bench-gpu: $(STAMP)  ## bandwidth, release and swaps of GBs of weights on a GPU (ARGS="--device cpu --gib 0.25" rehearses)
+	@$(BIN)/python -m bench.gpu $(ARGS)
 
 bench-relay: $(STAMP)  ## the relay's CPU per request and per event against nginx's (needs nginx)
 	@$(BIN)/python bench/relay.py $(ARGS)
