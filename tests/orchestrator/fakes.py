@@ -26,7 +26,7 @@ from modelswap.orchestrator.preparing import NoWeights, Weights
 from modelswap.orchestrator.service import Parts, Service, running
 from modelswap.orchestrator.store import Store
 from modelswap.protocol.errors import ModelswapError
-from modelswap.runtimes.base import Exit, Known, Report, Running, StandbyState, StartOrder, Unkillable
+from modelswap.runtimes.base import Exit, Known, Report, Running, StandbyState, StartOrder, Told, Unkillable
 from modelswap.spec.config import Config, Model
 
 DEADLINE = 30.0
@@ -178,6 +178,9 @@ class FakeRuntime:
         """How many more times stopping fails."""
         self.sweep_error: Unkillable | None = None
         self.listens = True
+        self.commands: dict[str, Told] = {}
+        """What somebody else starts models with."""
+        self.told_error: ModelswapError | None = None
         self.taken: dict[str, int] = defaultdict(int)
         """Host memory by instance."""
         self.log = ["first line", "last line"]
@@ -310,6 +313,11 @@ class FakeRuntime:
 
     async def host_bytes(self, running: Running) -> int:
         return self.taken[running.instance]
+
+    async def told(self, running: Running) -> Told | None:
+        if self.told_error is not None:
+            raise self.told_error
+        return self.commands.get(running.model)
 
     async def instances(self) -> list[Running]:
         return list(self.living.values())

@@ -59,6 +59,7 @@ class Container:
                 "Labels": self.body.get("Labels", {}),
                 "ExposedPorts": self.body.get("ExposedPorts", {}),
                 "Tty": self.body.get("Tty", False),
+                **{key: self.body.get(key) for key in ("Entrypoint", "Cmd", "Env")},
             },
             "HostConfig": {"RestartPolicy": {"Name": "no"}, **self.body.get("HostConfig", {})},
             "NetworkSettings": {"Networks": {}, "Ports": ports if self.running else {}},

@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -14,7 +15,7 @@ from aiohttp import web
 
 from modelswap.engines.base import Launch
 from modelswap.protocol.errors import Code
-from modelswap.runtimes.base import Exit, Known, NotPrepared, Running, StartFailed, StartOrder, Unkillable
+from modelswap.runtimes.base import Exit, Known, NotPrepared, Running, StartFailed, StartOrder, Told, Unkillable
 from modelswap.runtimes.docker import client
 from modelswap.runtimes.docker.client import DockerAway
 from modelswap.runtimes.docker.opening import open_runtime
@@ -582,3 +583,24 @@ async def test_log_lines_are_whole(fake: FakeDocker, runtime: DockerRuntime) -> 
     assert await runtime.log_tail("m", 0) == []
     fake.fault = failing("/logs", times=1, message="configured logging driver does not support reading")
     assert await runtime.log_tail("m", 10) == []
+
+
+async def test_what_somebody_elses_container_is_started_with_is_told(fake: FakeDocker, runtime: DockerRuntime) -> None:
+    """Its whole command and its environment; of ours nothing, since we say it, nor of one that is gone."""
+    body: dict[str, Any] = {
+        "Entrypoint": ["/bin/sh", "-c", "vllm serve org/m --x"],
+        "Cmd": None,
+        "Env": ["A=1", "B=c=d"],
+    }
+    body["HostConfig"] = {"PortBindings": {"8000/tcp": [{"HostIp": "127.0.0.1", "HostPort": "9"}]}}
+    container = Container("own" * 21 + "0", "own", body)
+    fake.containers[container.id] = container
+    place = await runtime.allocate(OWN)
+    running = await runtime.start(
+        StartOrder(instance="o1", model="own", definition="o", spec=OWN, launch=Launch((), {}), address=place.address)
+    )
+    words = ("/bin/sh", "-c", "vllm", "serve", "org/m", "--x")
+    assert await runtime.told(running) == Told(words, {"A": "1", "B": "c=d"})
+    assert await runtime.told(await started(runtime)) is None
+    del fake.containers[container.id]
+    assert await runtime.told(running) is None

@@ -22,6 +22,7 @@ from modelswap.runtimes.base import (
     StandbyState,
     StartFailed,
     StartOrder,
+    Told,
     Unkillable,
 )
 from modelswap.runtimes.docker.records import Start, Starts
@@ -93,6 +94,10 @@ class Recording:
     async def host_bytes(self, running: Running) -> int:
         self.asked.append(("host_bytes", running.model))
         return 5
+
+    async def told(self, running: Running) -> Told | None:
+        self.asked.append(("told", running.model))
+        return None
 
     async def instances(self) -> list[Running]:
         return [self.running(self.name)]
@@ -210,11 +215,12 @@ async def test_each_model_is_hosted_by_its_own_runtime(rig: Rig, spec: Model, na
     await rig.hosts.wait(running)
     await rig.hosts.listening(running)
     assert await rig.hosts.host_bytes(running) == 5
+    assert await rig.hosts.told(running) is None
     await rig.hosts.stop(running, 1.0)
     assert rig.hosts.foreign(running) == (name == "docker")
     own = rig.docker if name == "docker" else rig.process
     other = rig.process if name == "docker" else rig.docker
-    assert own.asked == [(what, "x") for what in ("fetch", "create", "wait", "listening", "host_bytes", "stop")]
+    assert own.asked == [(what, "x") for what in ("fetch", "create", "wait", "listening", "host_bytes", "told", "stop")]
     assert other.asked == []
 
 

@@ -39,7 +39,8 @@ _BARE: Final = re.compile(r"\(nothing\)|Internal Server Error", re.IGNORECASE)
 def enabled(model: Model) -> bool:
     """Return whether it is started so that it can sleep.
 
-    Of somebody else's container only the config can tell (``sleep: on``).
+    Somebody else's container isn't unless the config says so; what it was started with is not known here
+    (`modelswap.orchestrator.abilities`).
     """
     if model.device == "none":
         return False

@@ -16,6 +16,7 @@ from pydantic import ByteSize
 from modelswap.core import events
 from modelswap.engines.base import Address, CanaryFailed, Diagnosis, Engine, Launch, Readiness
 from modelswap.orchestrator import sleepers, trust
+from modelswap.orchestrator.abilities import learn, sleep_levels
 from modelswap.orchestrator.endings import exit_code, failed_start
 from modelswap.orchestrator.hooks import run_hooks
 from modelswap.orchestrator.hosting import Hosted, Outside, pause, told
@@ -70,6 +71,7 @@ async def _bring_in(outside: Outside, hosted: Hosted, *, adopted: bool) -> None:
                     await run_hooks(outside, hosted, "before_load")
                     free = await _free(outside, hosted)
                     await _start(outside, hosted)
+                await learn(outside, hosted)
                 slots = await _prove(outside, hosted)
                 await run_hooks(outside, hosted, "after_load")
         except TimeoutError:
@@ -114,7 +116,7 @@ async def _bring_in(outside: Outside, hosted: Hosted, *, adopted: bool) -> None:
 
 async def _free(outside: Outside, hosted: Hosted) -> int | None:
     """Return what is free on the device but for sleepers, if it is of interest; None if that can't be read."""
-    if not hosted.engine.sleep_levels(hosted.spec):
+    if not sleep_levels(outside, hosted.definition, hosted.spec, hosted.engine):
         return None
     try:
         reading = await outside.device.read()

@@ -18,6 +18,7 @@ import structlog
 from modelswap.core import events
 from modelswap.core.snapshot import Snapshot
 from modelswap.core.states import InstanceState
+from modelswap.orchestrator.abilities import sleep_levels
 from modelswap.orchestrator.answers import Answers
 from modelswap.orchestrator.facts import Configured
 from modelswap.orchestrator.hosting import Outside
@@ -163,7 +164,9 @@ class Calibrator:
     def _levels(self, model: str) -> tuple[int, ...]:
         configured = self.configured()
         spec = configured.config.models[model]
-        return configured.engines[model].sleep_levels(spec) if spec.device == "gpu" else ()
+        if spec.device != "gpu":
+            return ()
+        return sleep_levels(self.outside, configured.definitions[model], spec, configured.engines[model])
 
     def _stands_by(self, model: str) -> bool:
         """Return whether a standby waits that the model may be started from."""
@@ -216,5 +219,5 @@ class Calibrator:
 def verdicts(outside: Outside, configured: Configured, model: str) -> dict[int, bool | None]:
     """Return what is known of each level of a model: good, off, or not yet tried."""
     definition = configured.definitions[model]
-    levels = configured.engines[model].sleep_levels(configured.config.models[model])
+    levels = sleep_levels(outside, definition, configured.config.models[model], configured.engines[model])
     return {level: outside.measurements.of(model, definition, sleeping(level)).ok for level in levels}

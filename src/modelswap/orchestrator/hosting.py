@@ -113,6 +113,8 @@ class Outside:
     """Bytes that were free on the device when it was last verified with nothing of ours on it."""
     preparing: dict[str, Preparing] = field(default_factory=dict)
     """By model, while it goes on."""
+    told: dict[str, Model] = field(default_factory=dict)
+    """By definition, somebody else's containers as models with the same command and environment (`abilities`)."""
     suspects: dict[tuple[str, str], str] = field(default_factory=dict)
     """By model and definition, why its last start from a standby failed; the next one is cold (`trust`)."""
     without_standby: set[str] = field(default_factory=set)

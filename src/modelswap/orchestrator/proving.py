@@ -10,6 +10,7 @@ import msgspec
 import structlog
 
 from modelswap.engines.base import Address, CanaryFailed
+from modelswap.orchestrator.abilities import sleep_levels
 from modelswap.orchestrator.hosting import Hosted, Outside
 from modelswap.orchestrator.measurements import TOKENS, agrees
 
@@ -37,7 +38,7 @@ async def prove_cold(outside: Outside, hosted: Hosted, address: Address) -> None
     began = outside.clock()
     async with asyncio.timeout(CANARY_LIMIT):
         await hosted.engine.canary(outside.http, hosted.model, hosted.spec, address)
-        if hosted.engine.sleep_levels(hosted.spec):
+        if sleep_levels(outside, hosted.definition, hosted.spec, hosted.engine):
             await _note_answer(outside, hosted, address)
     hosted.canary_seconds = outside.clock() - began
 

@@ -18,6 +18,7 @@ from modelswap.core.scheduler import Scheduler
 from modelswap.devices.base import Device, Reading
 from modelswap.engines.base import Engine
 from modelswap.orchestrator import adoption, appearances, hostmemory, preparing, sleepers
+from modelswap.orchestrator.abilities import learn, sleep_levels
 from modelswap.orchestrator.answers import Answers
 from modelswap.orchestrator.calibration import Calibrator
 from modelswap.orchestrator.carrying import Carrier
@@ -254,6 +255,7 @@ class Service:
             host_bytes=taken if found.asleep else 0,
             levels={found.asleep} if found.asleep else set(),
         )
+        await learn(self.outside, self.outside.hosted[running.instance])
         self.post(
             events.Adopted(
                 at=self.clock(),
@@ -338,7 +340,7 @@ class Service:
         known, configured = self.outside.weights, self.configured
         for name, definition in configured.definitions.items():
             spec = configured.config.models[name]
-            if definition in known or not configured.engines[name].sleep_levels(spec):
+            if definition in known or not sleep_levels(self.outside, definition, spec, configured.engines[name]):
                 continue
             size = await asyncio.to_thread(sleepers.weights_on_disk, spec)
             if size is None:

@@ -9,6 +9,7 @@ import structlog
 from modelswap.core import events
 from modelswap.devices.base import Reading
 from modelswap.orchestrator import hostmemory, sleepers
+from modelswap.orchestrator.abilities import sleep_levels
 from modelswap.orchestrator.choice import STOP, Room, SleepWay, Verdict, choose
 from modelswap.orchestrator.facts import Configured
 from modelswap.orchestrator.hosting import Hosted, Outside
@@ -49,7 +50,7 @@ class Chooser:
 
     def _level(self, configured: Configured, name: str, definition: str) -> int:
         spec, engine = configured.config.models[name], configured.engines[name]
-        levels = engine.sleep_levels(spec) if spec.device == "gpu" else ()
+        levels = sleep_levels(self._outside, definition, spec, engine) if spec.device == "gpu" else ()
         if not levels:
             return STOP
         if name in self.forced:

@@ -78,6 +78,13 @@ class StandbyState(msgspec.Struct, frozen=True, kw_only=True):
     problem: str = ""
 
 
+class Told(msgspec.Struct, frozen=True):
+    """What somebody else's container is started with: its words, the program's first, and its environment."""
+
+    command: tuple[str, ...]
+    env: Mapping[str, str]
+
+
 class Exit(msgspec.Struct, frozen=True):
     """How an instance ended: ``code`` is negative for a signal, None where it can't be known (not our child).
 
@@ -174,6 +181,13 @@ class Runtime(Protocol):
 
     async def host_bytes(self, running: Running) -> int:
         """Return the host memory that the instance takes, beside files that were only read; 0 if nobody can tell."""
+        ...
+
+    async def told(self, running: Running) -> Told | None:
+        """Return what an instance is started with where we don't say that; None for all others.
+
+        Raises `ModelswapError` where nobody can tell for now.
+        """
         ...
 
     async def instances(self) -> list[Running]:

@@ -16,7 +16,7 @@ from modelswap.devices.amdcards import Nodes
 from modelswap.engines.base import Place, StandbyPlan
 from modelswap.engines.registry import engine_for
 from modelswap.protocol.errors import Code, ModelswapError
-from modelswap.runtimes.base import Exit, Known, Report, Running, Runtime, StandbyState, StartOrder
+from modelswap.runtimes.base import Exit, Known, Report, Running, Runtime, StandbyState, StartOrder, Told
 from modelswap.runtimes.process import ProcessRuntime
 from modelswap.spec.config import Config, Model
 
@@ -178,6 +178,10 @@ class Hosts:
     async def host_bytes(self, running: Running) -> int:
         """See `Runtime`."""
         return await self._hosting(running).host_bytes(running)
+
+    async def told(self, running: Running) -> Told | None:
+        """See `Runtime`."""
+        return await self._hosting(running).told(running)
 
     async def instances(self) -> list[Running]:
         """See `Runtime`."""

@@ -28,6 +28,7 @@ from modelswap.runtimes.base import (
     StandbyState,
     StartFailed,
     StartOrder,
+    Told,
     Unkillable,
 )
 from modelswap.runtimes.logfiles import LogFiles
@@ -205,6 +206,10 @@ class ProcessRuntime:
         if not self._lives(running.pid, running.born):
             return 0
         return await asyncio.to_thread(lambda: memory.proportional(self._members(running.instance, running.pid)))
+
+    async def told(self, running: Running) -> Told | None:
+        """See `Runtime`; we say it."""
+        return None
 
     async def instances(self) -> list[Running]:
         """See `Runtime`. An instance whose main process has died is none, whatever it left behind (`sweep`)."""

@@ -142,8 +142,8 @@ class Model(Strict):
     sleep: Literal["auto", "on", "off"] = "auto"
     """Whether a model that is swapped out may keep its process and wake later (vLLM and SGLang on a GPU).
 
-    `auto`: if its arguments (and environment) allow it. `on`: it is started so that it can; of a `container` or
-    `compose_service` it says that its own command has what that needs. `off`: never.
+    `auto`: if its arguments and environment allow it (those of a `container` or `compose_service` are looked at). `on`:
+    it is started so that it can; of a `container` or `compose_service` it is taken for granted. `off`: never.
     """
     standby: bool = True
     """vLLM only: keep a process waiting that has imported everything, and becomes this model's server when asked."""

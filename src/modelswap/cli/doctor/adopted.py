@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, Final
@@ -14,6 +13,7 @@ from modelswap.engines.registry import FROM_HUB, engine_for
 from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.docker import sharing
 from modelswap.runtimes.docker.body import container_port
+from modelswap.runtimes.docker.inspected import command_of
 from modelswap.runtimes.docker.surroundings import Surroundings
 from modelswap.spec.config import Model
 
@@ -54,28 +54,15 @@ def of_container(
         *_port(name, model, inspected, around),
         *_open(name, inspected),
         *_gpu(name, model, inspected),
-        *_options(name, model, command(inspected), total),
+        *_options(name, model, command_of(inspected), total),
         *_kept(name, model, inspected, around),
         *_shared_memory(name, model, inspected),
     ]
 
 
-def command(inspected: Inspected) -> list[str]:
-    """Return the words that the container's process is started with; a shell's line is taken apart."""
-    config = inspected.get("Config", {})
-    words = [*(config.get("Entrypoint") or ()), *(config.get("Cmd") or ())]
-    taken: list[str] = []
-    for word in words:
-        try:
-            taken += shlex.split(word) if " " in word else [word]
-        except ValueError:
-            taken.append(word)
-    return taken
-
-
 def weights_of(inspected: Inspected) -> str | None:
     """Return which weights a vLLM or SGLang container is started with; None where its command doesn't say."""
-    words = command(inspected)
+    words = command_of(inspected)
     return options.value(words, "--model", "--model-path") or _positional(words)
 
 
@@ -96,7 +83,7 @@ def _port(name: str, model: Model, inspected: Inspected, around: Surroundings) -
     port = container_port(model, exposed, engine_for(model.engine).port())
     if model.port is None and not exposed and model.engine == "custom":
         yield warning(f"{name}: nobody says where it listens; port {port} is a guess", f"say models.{name}.port")
-    told = options.whole(options.value(command(inspected), "--port", "-p"))
+    told = options.whole(options.value(command_of(inspected), "--port", "-p"))
     if told is not None and told != port:
         message = f"{name}: its command listens at port {told}, and modelswap would ask at {port}"
         yield problem(message, f"say models.{name}.port: {told}")
@@ -199,7 +186,7 @@ def _kept(name: str, model: Model, inspected: Inspected, around: Surroundings) -
     caches = sharing.caches_of(inspected)
     told = sharing.environment(inspected).get("VLLM_CACHE_ROOT")
     compiled = PurePosixPath(told) if told else caches / "vllm" if caches is not None else None
-    if model.engine != "vllm" or compiled is None or options.given(command(inspected), "--enforce-eager"):
+    if model.engine != "vllm" or compiled is None or options.given(command_of(inspected), "--enforce-eager"):
         return
     if sharing.behind(inspected, compiled) is None:
         message = f"{name}: what vLLM compiles (minutes of a first start) is lost whenever its container is made anew"
@@ -220,7 +207,7 @@ def _one_cache(source: PurePosixPath, around: Surroundings) -> str:
 
 def _shared_memory(name: str, model: Model, inspected: Inspected) -> Iterator[Finding]:
     host = inspected.get("HostConfig", {})
-    parallel = options.parallelism(command(inspected))
+    parallel = options.parallelism(command_of(inspected))
     little = int(host.get("ShmSize") or _DOCKERS_SHM) <= _DOCKERS_SHM and host.get("IpcMode") != "host"
     if model.engine in FROM_HUB and parallel > 1 and little:
         message = f"{name}: {parallel} workers share 64 MiB of memory, Docker's default; NCCL wants more"

@@ -12,15 +12,15 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from modelswap.cli.doctor import adopted
 from modelswap.cli.words import off, size
 from modelswap.engines import options
 from modelswap.engines.base import Address, Engine
 from modelswap.engines.registry import engine_for
-from modelswap.orchestrator import sleepers, standing_by
+from modelswap.orchestrator import abilities, sleepers, standing_by
 from modelswap.orchestrator.measurements import COLD, sleeping
 from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.docker import sharing
+from modelswap.runtimes.docker.inspected import command_of
 from modelswap.spec.config import EngineName, Model
 
 Row = Mapping[str, Any]
@@ -79,10 +79,7 @@ class Around:
 
 def as_ours(model: Model, inspected: Mapping[str, Any]) -> Model:
     """Return somebody else's container as a model that we would start with the same command and environment."""
-    told = {"container": None, "compose_service": None, "image": "its own"}
-    return model.model_copy(
-        update={**told, "args": adopted.command(inspected), "env": dict(sharing.environment(inspected))}
-    )
+    return abilities.as_ours(model, command_of(inspected), sharing.environment(inspected))
 
 
 class NotHere(ModelswapError):
@@ -172,13 +169,10 @@ def _lacking(name: str, engine: Engine, model: Model, told: Model | None, around
     if not around.readable:
         return Way(Verdict.SETTLED, "the device's memory can't be read, so nobody could see it come back")
     if theirs and missing:
-        help_ = f"add {missing}, make the container anew, and {SAY_SLEEP}"
+        help_ = f"add {missing}, and make the container anew"
         return Way(Verdict.MISSED, f"its command lacks {missing}", help_, common=True)
-    if engine.sleep_levels(model):
+    if theirs or engine.sleep_levels(model):
         return None
-    if theirs:
-        help_ = f"say models.{name}.sleep: on"
-        return Way(Verdict.MISSED, "its command is made for it, which the config doesn't say", help_)
     return Way(Verdict.MISSED, f"it is started without {missing}", SAY_SLEEP, common=True)
 
 

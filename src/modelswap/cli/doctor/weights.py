@@ -17,6 +17,7 @@ from modelswap.cli.words import size
 from modelswap.engines.paths import is_there
 from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.docker import sharing
+from modelswap.runtimes.docker.inspected import command_of
 from modelswap.runtimes.docker.surroundings import Surroundings
 from modelswap.spec.config import Model
 from modelswap.weights import cache, places, plan
@@ -108,7 +109,7 @@ def of_adopted(
     if source is None or around is None:
         return []
     # Its command says what it loads; 'model' is only what it calls that.
-    told = {"model": adopted.weights_of(inspected), "args": adopted.command(inspected)}
+    told = {"model": adopted.weights_of(inspected), "args": command_of(inspected)}
     wanted = plan.wanted(name, model.model_copy(update=told), mounted=True)
     hub = Path(source) if source.is_absolute() and not around.container else None
     if around.container and sharing.shares_cache(inspected, around.hf_cache):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,18 @@ def finished_at(inspected: Inspected) -> float:
 def name_of(inspected: Inspected) -> str:
     """Return a container's name."""
     return str(inspected["Name"]).removeprefix("/")
+
+
+def command_of(inspected: Inspected) -> list[str]:
+    """Return the words that a container's process is started with; a shell's line is taken apart."""
+    config = inspected.get("Config", {})
+    taken: list[str] = []
+    for word in (*(config.get("Entrypoint") or ()), *(config.get("Cmd") or ())):
+        try:
+            taken += shlex.split(word) if " " in word else [word]
+        except ValueError:
+            taken.append(word)
+    return taken
 
 
 def labels_of(inspected: Inspected) -> Mapping[str, str]:

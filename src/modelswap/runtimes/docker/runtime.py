@@ -12,18 +12,29 @@ import structlog
 
 from modelswap.engines.base import Address, Place, StandbyPlan
 from modelswap.protocol.errors import Code, ModelswapError
-from modelswap.runtimes.base import Exit, Known, Report, Running, StandbyState, StartFailed, StartOrder, Unkillable
+from modelswap.runtimes.base import (
+    Exit,
+    Known,
+    Report,
+    Running,
+    StandbyState,
+    StartFailed,
+    StartOrder,
+    Told,
+    Unkillable,
+)
 from modelswap.runtimes.docker import api, logs, memory
 from modelswap.runtimes.docker.catalogue import Catalogue
 from modelswap.runtimes.docker.chores import Chores
 from modelswap.runtimes.docker.client import CALL_SECONDS, Trouble, failure, persistently
 from modelswap.runtimes.docker.images import ImageUnavailable, local_image, pull
-from modelswap.runtimes.docker.inspected import is_running
+from modelswap.runtimes.docker.inspected import command_of, is_running
 from modelswap.runtimes.docker.lives import Life, key_of
 from modelswap.runtimes.docker.making import ANYWHERE, Maker
 from modelswap.runtimes.docker.owner import Ownership
 from modelswap.runtimes.docker.reach import Unreached, address_of, started_at
 from modelswap.runtimes.docker.records import LOG_MARGIN, Starts
+from modelswap.runtimes.docker.sharing import environment
 from modelswap.runtimes.docker.standbys import Standbys
 from modelswap.runtimes.docker.starting import Starter
 from modelswap.runtimes.docker.stopping import Stopper
@@ -203,6 +214,19 @@ class DockerRuntime:
     async def host_bytes(self, running: Running) -> int:
         """See `Runtime`."""
         return await memory.of_container(self._docker, running.container)
+
+    async def told(self, running: Running) -> Told | None:
+        """See `Runtime`."""
+        known = (self._catalogue.models or {}).get(running.model)
+        if known is None or known.spec.runtime != "adopted":
+            return None
+        try:
+            inspected = await persistently(
+                lambda: api.inspect(self._docker, running.container), f"looking at {running.model}"
+            )
+        except Trouble as error:
+            raise failure(error, f"to look at the container of {running.model}") from error
+        return None if inspected is None else Told(tuple(command_of(inspected)), environment(inspected))
 
     async def instances(self) -> list[Running]:
         """See `Runtime`."""
