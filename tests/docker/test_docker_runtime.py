@@ -354,11 +354,11 @@ async def test_a_start_by_somebody_else_appears(host: DockerHost) -> None:
     fresh = await host.open()
     assert await fresh.instances() == [running]
     assert fresh.foreign(running)
-    waiting = asyncio.create_task(host.runtime.wait(running))
-    assert await host.runtime.sweep(set()) == []
+    waiting = asyncio.create_task(fresh.wait(running))
+    assert await fresh.sweep(set()) == []
     await host.post(container, "stop")
     assert (await waiting).code == -15
-    assert await host.runtime.instances() == []
+    assert await fresh.instances() == []
 
 
 async def test_our_own_starts_do_not_appear(host: DockerHost) -> None:
@@ -435,10 +435,11 @@ async def test_a_start_is_found_that_was_not_recorded_in_full(host: DockerHost) 
     [found] = await later.instances()
     assert found.instance == "unfinished" and not later.foreign(found)
     assert await later.log_tail(order.model, 10) in ([], ["ready"])
-    assert await (await host.open()).instances() == [found]
-    assert await later.sweep({"unfinished"}) == []
-    assert len(await later.sweep(set())) == 1
-    assert await later.wait(found) == Exit(-9, killed=True)
+    newest = await host.open()  # the ones before it may not act any more
+    assert await newest.instances() == [found]
+    assert await newest.sweep({"unfinished"}) == []
+    assert len(await newest.sweep(set())) == 1
+    assert await newest.wait(found) == Exit(-9, killed=True)
 
 
 async def test_an_instance_that_ended_meanwhile_tells_how(host: DockerHost) -> None:
