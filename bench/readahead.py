@@ -36,11 +36,10 @@ def make(path: Path, size: int) -> None:
 
 def evict(path: Path) -> None:
     """Have the kernel forget what it has cached of a file; ends the program where it doesn't."""
-    one = memoryview(bytearray(1))
     with path.open("rb") as file:
         for _ in range(100):  # a page that is busy at that moment is kept
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            if not any(is_cached(file.fileno(), at, 1, one) for at in range(0, path.stat().st_size, 64 * CHUNK)):
+            if not any(is_cached(file.fileno(), at, 1) for at in range(0, path.stat().st_size, 64 * CHUNK)):
                 break
         else:
             sys.exit(f"{path.parent} isn't on a disk: give another --folder")
