@@ -41,13 +41,16 @@ def test_what_is_done_in_the_background_leaves_no_trace(
     able = vllm_standby.can_come_back(os.getpriority(os.PRIO_PROCESS, 0))
     monkeypatch.setattr(vllm_standby, "can_come_back", lambda usual: may and able)
     held.append(threading.Event())
+    disks = vllm_standby.io_priority(0)
     background = Background()
     with background:
         assert sys.meta_path[0] is background
         lowered = os.getpriority(os.PRIO_PROCESS, 0) == vllm_standby.LOWEST
         assert lowered is (may and able)
+        assert vllm_standby.io_priority(0) == vllm_standby.IO_IDLE
         threading.Thread(target=held[0].wait).start()
     assert niceness() == before
+    assert {vllm_standby.io_priority(thread) for thread in vllm_standby.threads()} == {disks}
     assert sys.meta_path == finders
     assert group is None or vllm_standby.group_priority(group) == 0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from modelswap.engines.base import CannotSleep, StandbyPlan
+from modelswap.orchestrator import proving
 from modelswap.orchestrator.measurements import COLD
 from tests.orchestrator.conftest import Api
 from tests.orchestrator.fakes import Bench, until
@@ -100,8 +101,11 @@ async def test_a_pinned_model_keeps_what_is_known_of_it(api: Api, bench: Bench) 
     assert (await api.json("/status"))["measurements"]
 
 
-async def test_a_level_that_fails_when_it_is_calibrated_is_off(api: Api, bench: Bench) -> None:
+async def test_a_level_that_fails_when_it_is_calibrated_is_off(
+    api: Api, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It was tried on purpose and did not do: no swap is spent on trying it again."""
+    monkeypatch.setattr(proving, "VERSION_LIMIT", 0.01)  # nobody answers at its address
     bench.engine.levels = (1,)
     bench.engine.greedy_answer = ("the", "quick", "brown", "fox")
     bench.engine.sleep_errors = [CannotSleep("it would rather not")] * 9

@@ -70,6 +70,14 @@ def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pagecache, "is_cached", look)
 
 
+@pytest.fixture(autouse=True)
+def _priority() -> Iterator[None]:
+    """Readings lower their thread's priority for good, which here is the tests'."""
+    usual = psutil.Process().ionice()
+    yield
+    psutil.Process().ionice(*usual)
+
+
 def touch(path: Path, at: int, length: int) -> None:
     """Have a part of a file cached, and no more."""
     with path.open("rb") as file:

@@ -90,7 +90,7 @@ INSPECT_WITHIN = 60.0
 """How long a fork may look at a model's class, in seconds; it takes one or two."""
 CUDA_NOT_INITIALISED = 3
 IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
-IO_IDLE, IO_USUAL = 3 << 13, 0
+IO_IDLE = 3 << 13
 
 
 class Unfit(Exception):
@@ -113,6 +113,7 @@ class Background(importlib.abc.MetaPathFinder):
         self.lowered = self.stuck = False
         self.group: int | None = None
         self.began = self.rested = 0.0
+        self.disks = 0
 
     def __enter__(self) -> None:
         self.began, self.rested = time.monotonic(), time.process_time()
@@ -120,6 +121,7 @@ class Background(importlib.abc.MetaPathFinder):
         if self.lowered:
             os.setpriority(os.PRIO_PROCESS, 0, LOWEST)
         self.group = group_priority(LOWEST)
+        self.disks = io_priority(0)
         io_priority(0, IO_IDLE)
         sys.meta_path.insert(0, self)
 
@@ -127,7 +129,7 @@ class Background(importlib.abc.MetaPathFinder):
         sys.meta_path.remove(self)
         self.rise()
         for thread in threads():
-            io_priority(thread, IO_USUAL)
+            io_priority(thread, self.disks)
         if self.stuck or any(priority(thread) not in (self.usual, None) for thread in threads()):
             raise Unfit("its priority can't be made what it was")
 
@@ -203,11 +205,15 @@ def group_priority(nice: int) -> int | None:
     return None
 
 
-def io_priority(thread: int, level: int) -> None:
-    """Give a thread (0: ours) another priority at the disks, as far as this system knows that."""
+def io_priority(thread: int, level: int | None = None) -> int:
+    """Return a thread's (0: ours) priority at the disks, as far as this system knows that; with a ``level``, set it."""
     number = IOPRIO_SET.get(platform.machine())
-    if number is not None and sys.platform == "linux":
-        ctypes.CDLL(None).syscall(number, 1, thread, level)
+    if number is None or sys.platform != "linux":
+        return 0
+    system = ctypes.CDLL(None).syscall
+    if level is not None:
+        system(number, 1, thread, level)
+    return max(int(system(number + 1, 1, thread)), 0)  # ioprio_get has the next number on both
 
 
 def interpreter(script: str, path: str | None = None) -> list[str]:
