@@ -182,9 +182,10 @@ class Standbys:
                     await self._kill(standby, handle)
                 await handle.wait()
         _reap(standby.pid)
+        lines = await asyncio.to_thread(self._logs.tail, LOG_NAME, 1, standby.id)
+        # Together, so that nobody finds neither and makes another one at once.
         if self._waiting.get(standby.plan.key) is standby:
             del self._waiting[standby.plan.key]
-        lines = await asyncio.to_thread(self._logs.tail, LOG_NAME, 1, standby.id)
         said = (lines or ["it ended without a word"])[-1]
         self._give_up(standby.plan, f"it was not ready within {self._ready_within:g} s: {said}" if hangs else said)
 
