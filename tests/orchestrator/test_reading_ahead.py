@@ -14,10 +14,10 @@ from modelswap.orchestrator import pagecache, reading_ahead
 from modelswap.orchestrator.facts import DEVICE
 from modelswap.orchestrator.metrics import Metrics
 from modelswap.orchestrator.pagecache import CHUNK
+from modelswap.orchestrator.preparing import NoWeights
 from modelswap.orchestrator.reading_ahead import ReadingAhead, beside
 from modelswap.orchestrator.service import Service
 from modelswap.orchestrator.tasks import Tasks, cancel
-from modelswap.runtimes.base import Report
 from modelswap.spec.config import Model
 from tests.orchestrator.conftest import serving
 from tests.orchestrator.fakes import Bench, config, until
@@ -27,28 +27,13 @@ FOR_WEEKS: dict[str, Any] = {"device": {"read_ahead": 1}}
 """A byte per second: after the first chunk it waits for weeks."""
 
 
-class Files:
+class Files(NoWeights):
     """Weights of a file for each model; nothing of them is to be downloaded."""
 
     def __init__(self, folder: Path) -> None:
         self._place = folder
         self.asked: list[str] = []
         self.error: OSError | None = None
-
-    def wanted(self, spec: Model) -> bool:
-        """See `Weights`."""
-        return False
-
-    async def fetch(self, name: str, spec: Model, report: Report) -> None:
-        """See `Weights`."""
-
-    async def size(self, name: str, spec: Model) -> int | None:
-        """See `Weights`."""
-        return None
-
-    async def folder(self, name: str, spec: Model) -> Path | None:
-        """See `Weights`."""
-        return None
 
     async def files(self, name: str, spec: Model) -> list[Path]:
         """See `Weights`."""
