@@ -63,9 +63,8 @@ async def test_what_was_resident_before_comes_back(api: Api, before: str) -> Non
     await until(lambda: resident(api) == before)
 
 
-async def test_it_comes_back_after_a_failure_and_when_the_client_leaves(api: Api, bench: Bench) -> None:
-    """However the calibration ends."""
-    await api.post("/ensure_model", {"model": "b"})
+async def leave_while_it_starts(api: Api, bench: Bench) -> None:
+    """Ask for a calibration, and leave while the model starts."""
     bench.runtime.start_gate.clear()
     bench.runtime.starting.clear()
     asking = asyncio.create_task(api.post("/calibrate", {"model": "a"}))
@@ -74,6 +73,12 @@ async def test_it_comes_back_after_a_failure_and_when_the_client_leaves(api: Api
     await asyncio.gather(asking, return_exceptions=True)
     await until(lambda: api.service.calibrator.progress is None)
     bench.runtime.start_gate.set()
+
+
+async def test_it_comes_back_after_a_failure_and_when_the_client_leaves(api: Api, bench: Bench) -> None:
+    """However the calibration ends."""
+    await api.post("/ensure_model", {"model": "b"})
+    await leave_while_it_starts(api, bench)
     await until(lambda: resident(api) == "b")
 
 
@@ -141,13 +146,7 @@ async def test_a_model_that_does_not_start_is_not_calibrated(api: Api, bench: Be
 
 async def test_a_client_that_leaves_ends_the_calibration(api: Api, bench: Bench) -> None:
     """The model is treated as before."""
-    bench.runtime.start_gate.clear()
-    asking = asyncio.create_task(api.post("/calibrate", {"model": "a"}))
-    await until(bench.runtime.starting.is_set)
-    asking.cancel()
-    await asyncio.gather(asking, return_exceptions=True)
-    await until(lambda: api.service.calibrator.progress is None)
-    bench.runtime.start_gate.set()
+    await leave_while_it_starts(api, bench)
     assert not api.service.calibrator.idle
 
 

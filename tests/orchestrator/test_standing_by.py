@@ -5,22 +5,30 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from structlog.testing import capture_logs
 
 from modelswap.core.snapshot import Snapshot, SwapView
 from modelswap.core.swap import Phase
-from modelswap.engines.base import Address, Engine, Place, StandbyPlan
+from modelswap.engines.base import Address, Engine, Launch, Place, StandbyPlan
 from modelswap.engines.registry import engine_for
 from modelswap.orchestrator import sleepers, standing_by
 from modelswap.orchestrator.facts import Configured
 from modelswap.orchestrator.preparing import NoWeights, Weights
-from modelswap.orchestrator.standing_by import UNKNOWN_PYTHON, USUAL_BYTES, affordable, host_bytes, moving, plans
+from modelswap.orchestrator.standing_by import (
+    CAN_STAND_BY,
+    UNKNOWN_PYTHON,
+    USUAL_BYTES,
+    affordable,
+    host_bytes,
+    moving,
+    plans,
+)
 from modelswap.protocol.errors import ModelswapError
 from modelswap.runtimes.base import StandbyState
-from modelswap.spec.config import Config, Model
+from modelswap.spec.config import Config, EngineName, Model
 from modelswap.testing.waiting import until
 from tests.orchestrator.fakes import World
 
@@ -230,3 +238,10 @@ async def test_what_one_will_take_counts_from_the_first(world: World, monkeypatc
     ]
     monkeypatch.setattr(world.runtime, "standbys", lambda: states)
     assert host_bytes(world.outside) == USUAL_BYTES + 5
+
+
+def test_the_engines_that_stand_by_are_those_with_a_plan() -> None:
+    """What is told of the others, in the log and by doctor, is true."""
+    launch = Launch(("vllm", "serve"), {})
+    models = [Model(engine=kind, model="x", image="x") for kind in get_args(EngineName)]
+    assert {one.engine for one in models if engine_for(one.engine).standby(one, launch)} == CAN_STAND_BY

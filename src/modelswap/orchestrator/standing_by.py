@@ -29,6 +29,7 @@ USUAL_BYTES: Final = 700 << 20
 PLAN_EVERY: Final = 60.0
 """How often it is looked anew what standbys there could be, in seconds: an image may have come."""
 CAN_STAND_BY: Final = frozenset({"vllm"})
+"""The engines that have a plan for it (`Engine.standby`)."""
 UNKNOWN_PYTHON: Final = "its command doesn't say which Python runs vLLM; `standby: false` if that is all right"
 _SOMEWHERE: Final = Place(Address("127.0.0.1", 1))
 

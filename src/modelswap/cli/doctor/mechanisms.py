@@ -100,7 +100,7 @@ async def standby(
     """
     model = models[name]
     engine = engine_for(model.engine)
-    if not _stands_by(model.engine):
+    if model.engine not in standing_by.CAN_STAND_BY:
         return Way(Verdict.SETTLED, f"{model.engine} has none")
     if not standing_by.take_turns(models):
         return Way(Verdict.SETTLED, "there is no other model to take turns with")
@@ -124,15 +124,6 @@ async def standby(
         told = f"it takes about {size(standing_by.USUAL_BYTES)} of host memory, and {size(max(room, 0))} may be spent"
         return Way(Verdict.MISSED, told, "raise device.host_memory, or free host memory")
     return Way(Verdict.USED)
-
-
-def _stands_by(engine: EngineName) -> bool:
-    sample = Model(engine=engine, model="x", image="x")
-    try:
-        launch = engine_for(engine).launch("x", sample, _ADDRESS, ("vllm", "serve"))
-        return engine_for(engine).standby(sample, launch) is not None
-    except ModelswapError:
-        return False
 
 
 def sleep(name: str, model: Model, told: Model | None, around: Around, rows: Sequence[Row]) -> Way:
